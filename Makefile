@@ -1,0 +1,56 @@
+# Every target sets up .venv by itself; nothing but Python 3.11 or newer, make and git is needed.
+SHELL := /bin/bash
+PYTHON ?= python3
+SWEEP ?=
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: .venv/.installed  ## create .venv and install the locked packages
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sovit needs Python 3.11 or newer; set PYTHON=python3.12, say.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: sweep-star
+sweep-star: setup  ## train the star sweep and write its report (SWEEP=star_smoke for a short one)
+	$(BIN)/sovit run sweeps/$(or $(SWEEP),star_tiny).yaml $(ARGS)
+	$(BIN)/sovit fit runs/$(or $(SWEEP),star_tiny)
+
+.PHONY: sweep-grid
+sweep-grid: setup  ## train the grid sweep of small shapes and write its report
+	$(BIN)/sovit run sweeps/$(or $(SWEEP),grid_tiny).yaml $(ARGS)
+	$(BIN)/sovit fit runs/$(or $(SWEEP),grid_tiny)
+
+.PHONY: test
+test: setup  ## run the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: setup  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: setup  ## measure the loader and the two ways to get several durations from one run
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/durations.py
+
+.PHONY: lock
+lock:  ## pin every package again (needs uv)
+	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --no-header --upgrade -o requirements.lock
+
+.PHONY: clean
+clean:  ## delete the virtual environment, keep the runs
+	rm -rf .venv

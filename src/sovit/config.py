@@ -1,0 +1,398 @@
+"""The configuration: every schema dataclass, and the way from Hydra's YAML to checked plain values.
+
+`compose` runs Hydra over ``conf/``; `resolve` checks names, types and missing values against the dataclasses below and
+returns them filled in. Nobody else in the package sees OmegaConf. Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from sovit import duration
+from sovit.flops import forward_gflops
+from sovit.shape import NAMED, Shape, num_patches, parse_shape
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONF_DIR = REPOSITORY / "conf"
+
+
+class ConfigError(ValueError):
+    """A configuration the user can mend; the message is one sentence that says how."""
+
+
+# The annotations below are Optional[...] and Union[...] because OmegaConf reads them at run time.
+
+
+@dataclass
+class ModelConfig:
+    """The vision transformer apart from its shape, and single dimensions to replace in the shape."""
+
+    width: Optional[int] = None  # replaces the width of `shape`; so do depth and mlp_dim
+    depth: Optional[int] = None
+    mlp_dim: Optional[int] = None
+    num_heads: Optional[int] = None  # give num_heads or head_dim; a named shape brings its own heads
+    head_dim: Optional[int] = None
+    patch_size: Optional[int] = None
+    image_size: int = 224
+    channels: int = 3
+    pool: str = "map"  # map | avg | token
+    pos_embed: str = "learned"  # learned | sincos2d
+    init: str = "big_vision"  # big_vision | fan_in
+    head_bias: float = 0.0
+    drop_path_rate: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    """The embedded procedural images. Image i of a stream is a pure function of (seed, i)."""
+
+    name: str = "fractals"
+    seed: int = 0  # which categories exist; the run's seed picks the stream of images
+    num_classes: int = 256
+    num_heldout: int = 64
+    rotation: float = 1.57  # radians at full jitter: the knob for how hard the task is
+    num_workers: int = 0
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and the learning-rate rule across shapes (see sovit.optim)."""
+
+    name: str = "adamw"  # adamw | adafactor
+    loss: str = "softmax"  # softmax | sigmoid
+    lr: float = 1e-3
+    lr_rule: str = "constant"  # constant | fan_in
+    base_width: int = 64  # lr_rule=fan_in: the fan-ins whose matrices train at exactly `lr`
+    base_mlp_dim: int = 128
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    head_weight_decay: float = 0.0
+    clip_norm: Optional[float] = 1.0
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate schedule over steps (see sovit.schedule)."""
+
+    kind: str = "rsqrt"  # rsqrt | constant | cosine
+    warmup_steps: int = 0
+    timescale: int = 10_000
+    cooldown: float = 0.0  # of a branch: steps, or a fraction of its duration if below 1
+
+
+@dataclass
+class DurationsConfig:
+    """When to evaluate: explicit values, or `num` geometrically spaced from `first` to `last`, in any unit."""
+
+    values: Optional[list[str]] = None
+    first: Optional[str] = None
+    last: Optional[str] = None
+    num: Optional[int] = None
+
+
+@dataclass
+class EvalConfig:
+    """Few-shot evaluation (see sovit.fewshot)."""
+
+    datasets: list[str] = field(default_factory=lambda: ["fractals", "digits"])
+    shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
+    num_draws: int = 3
+    l2_reg: Union[float, str] = 1024.0  # a ridge value, or "loo": leave-one-out on the support set
+    weights: str = "ema"  # ema | cooled | trunk
+    ema_horizon: float = 0.1  # averaging window as a share of the steps so far
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"  # auto | cpu | gpu
+    precision: str = "32-true"
+    num_threads: int = 1
+    global_batch_size: int = 128
+    max_steps: Optional[int] = None  # stop early; longer durations are left out
+    log_every_n_steps: int = 50
+    checkpoint_every_s: float = 20.0
+    keep_checkpoint: bool = False  # keep last.ckpt of a finished run
+
+
+@dataclass
+class LoggerConfig:
+    name: str = "wandb"  # wandb | none; the local files are written in either case
+    project: str = "sovit"
+    entity: Optional[str] = None
+    mode: str = "auto"  # auto (online when logged in, else offline) | online | offline
+    init_timeout_s: int = 10
+
+
+@dataclass
+class RunConfig:
+    """Everything one run depends on."""
+
+    name: str = "run"  # the sweep's name; its records go to <runs_dir>/<name>
+    shape: str = "32x4x128"  # WIDTHxDEPTHxMLP or NAME[/PATCH]
+    seed: int = 0
+    tag: str = ""  # told apart in the run id, for cells that differ in more than shape and seed
+    runs_dir: str = "runs"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    durations: DurationsConfig = field(default_factory=DurationsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.pool": ("map", "avg", "token"),
+    "model.pos_embed": ("learned", "sincos2d"),
+    "model.init": ("big_vision", "fan_in"),
+    "data.name": ("fractals",),
+    "optim.name": ("adamw", "adafactor"),
+    "optim.loss": ("softmax", "sigmoid"),
+    "optim.lr_rule": ("constant", "fan_in"),
+    "schedule.kind": ("rsqrt", "constant", "cosine"),
+    "eval.weights": ("ema", "cooled", "trunk"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "logger.name": ("wandb", "none"),
+    "logger.mode": ("auto", "online", "offline"),
+}
+POSITIVE = (
+    "model.image_size", "model.channels", "data.num_classes", "data.num_heldout", "optim.lr", "optim.base_width",
+    "optim.base_mlp_dim", "schedule.timescale", "eval.num_draws", "eval.ema_horizon", "trainer.num_threads",
+    "trainer.global_batch_size", "trainer.log_every_n_steps", "trainer.checkpoint_every_s", "logger.init_timeout_s",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "data.seed", "data.num_workers", "optim.weight_decay", "optim.head_weight_decay", "schedule.warmup_steps",
+    "schedule.cooldown",
+)  # fmt: skip
+EVAL_DATASETS = ("fractals", "digits")
+
+
+def schema_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, inner nodes included."""
+    keys = []
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        keys.append(prefix + item.name)
+        if dataclasses.is_dataclass(hints[item.name]):
+            keys += schema_keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
+    return keys
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest candidate, or the list of them when none is close."""
+    candidates = list(candidates)
+    node = word.rpartition(".")[0]
+    if node in candidates:  # a wrong leaf of a known node: the mend is among its siblings
+        candidates = [candidate for candidate in candidates if candidate.startswith(f"{node}.")]
+    by_leaf = {candidate: candidate.rsplit(".", 1)[-1] for candidate in candidates}
+    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if not close:
+        leaf = difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf.values(), n=1, cutoff=0.75)
+        close = [candidate for candidate in candidates if leaf and by_leaf[candidate] == leaf[0]][:1]
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(sorted(candidates))}." if len(candidates) <= 13 else "; --help lists them."
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Config groups of ``conf/`` and their options, for example {"experiment": ["star_tiny", ...]}."""
+    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF_DIR.iterdir()) if d.is_dir()}
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an override of an unknown key or group option, naming the nearest valid one."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if not CONF_DIR.is_dir():
+        raise ConfigError("The conf/ directory was not found; install sovit from a clone with `make`, not as a wheel.")
+    keys, groups = schema_keys(), config_groups()
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"An override could not be read ({' '.join(str(error).split())}); write key=value.") from None
+    for override in parsed:
+        key = override.key_or_group
+        if key.split(".")[0].split("/")[0] == "hydra":
+            continue
+        if key in groups:
+            value = override.value()
+            known_node = dataclasses.is_dataclass(typing.get_type_hints(RunConfig).get(key, None))
+            if isinstance(value, str) and value not in groups[key]:
+                raise ConfigError(f"{key}={value} is not an option of conf/{key}{nearest(value, groups[key])}")
+            if known_node or key == "experiment":
+                continue
+        if key not in keys:
+            raise ConfigError(f"{key!r} is not a key of the configuration{nearest(key, [*keys, *groups])}")
+        if override.is_delete():
+            raise ConfigError(f"~{key} would remove a key that every run needs; set it to a value instead.")
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """Compose ``conf/config.yaml`` with Hydra overrides. Raises ConfigError with one sentence."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_overrides(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base=None):
+            return resolve(hydra_compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_sentence(error)) from None
+
+
+def resolve(composed: Any) -> RunConfig:
+    """Check a composed DictConfig against the schema and return plain dataclasses. Raises ConfigError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        for key in sorted(OmegaConf.missing_keys(composed)):
+            raise ConfigError(f"{key} has no value; give {key}=...")
+        container = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(container, dict)
+        keys = schema_keys()
+        for key in _leaves(container):
+            if key not in keys:
+                raise ConfigError(f"{key!r} is not a key of the configuration{nearest(key, keys)}")
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), container))
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_sentence(error)) from None
+    assert isinstance(cfg, RunConfig)
+    check(cfg)
+    return cfg
+
+
+def _leaves(container: dict[Any, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in container.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+    return keys
+
+
+def one_sentence(error: Exception) -> str:
+    """OmegaConf's and Hydra's multi-line messages as one sentence that names the key."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
+    return (f"{key}: " if key and key not in text else "") + text.rstrip(".") + "."
+
+
+def check(cfg: RunConfig) -> None:
+    """Raise ConfigError for values the types cannot exclude: choices, signs, impossible shapes and durations."""
+    values = _flat(dataclasses.asdict(cfg))
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ConfigError(f"{key}={values[key]} is not a choice{nearest(str(values[key]), choices)}")
+    for key in POSITIVE:
+        if not values[key] > 0:
+            raise ConfigError(f"{key}={values[key]} must be positive.")
+    for key in NOT_NEGATIVE:
+        if not values[key] >= 0:
+            raise ConfigError(f"{key}={values[key]} must not be negative.")
+    for key in ("name", "tag"):
+        if not re.fullmatch(r"[A-Za-z0-9_.+]*", values[key]) or (key == "name" and not values[key]):
+            raise ConfigError(f"{key}={values[key]!r} becomes part of a file name; use letters, digits, '_', '.', '+'.")
+    for dataset in cfg.eval.datasets:
+        if dataset not in EVAL_DATASETS:
+            raise ConfigError(f"eval.datasets: {dataset!r} is not known{nearest(dataset, EVAL_DATASETS)}")
+    if not cfg.eval.shots or min(cfg.eval.shots) < 1:
+        raise ConfigError(f"eval.shots={cfg.eval.shots} needs whole numbers of at least 1.")
+    if isinstance(cfg.eval.l2_reg, str) and cfg.eval.l2_reg != "loo":
+        raise ConfigError(f"eval.l2_reg={cfg.eval.l2_reg!r} is neither a number nor 'loo'.")
+    if not isinstance(cfg.eval.l2_reg, str) and not cfg.eval.l2_reg > 0:
+        raise ConfigError(f"eval.l2_reg={cfg.eval.l2_reg} must be positive.")
+    if cfg.trainer.max_steps is not None and cfg.trainer.max_steps < 1:
+        raise ConfigError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1, or null.")
+    if cfg.optim.clip_norm is not None and not cfg.optim.clip_norm > 0:
+        raise ConfigError(f"optim.clip_norm={cfg.optim.clip_norm} must be positive, or null to switch clipping off.")
+    try:
+        num_patches(cfg.model.image_size, shape_of(cfg).patch_size)
+        eval_steps(cfg)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def shape_of(cfg: RunConfig) -> Shape:
+    """The shape a configuration asks for: `shape`, with single dimensions of `model` put in. Raises ValueError.
+
+    A named shape brings its own heads unless model.num_heads is given, and its patch size when written NAME/PATCH.
+    """
+    model = cfg.model
+    if model.num_heads and model.head_dim:
+        raise ConfigError(f"model.num_heads={model.num_heads} and model.head_dim={model.head_dim}: give one of them.")
+    text = str(cfg.shape).strip()
+    name, slash, _ = text.partition("/")
+    if name in NAMED:
+        base = parse_shape(text, num_heads=model.num_heads, patch_size=None if slash else model.patch_size)
+        dims, patch = (base.width, base.depth, base.mlp_dim), base.patch_size
+        heads = None if model.width and model.head_dim else base.num_heads
+    else:
+        loose = parse_shape(text, num_heads=1, patch_size=1)
+        dims, patch, heads = (loose.width, loose.depth, loose.mlp_dim), model.patch_size, model.num_heads
+    width, depth, mlp_dim = (given or own for given, own in zip((model.width, model.depth, model.mlp_dim), dims))
+    return parse_shape(
+        f"{width}x{depth}x{mlp_dim}", num_heads=heads, head_dim=None if heads else model.head_dim, patch_size=patch
+    )
+
+
+def model_geometry(cfg: RunConfig) -> dict[str, Any]:
+    """The arguments beside the shape that parameters and FLOPs depend on, as sovit.flops takes them."""
+    return {
+        "image_size": cfg.model.image_size,
+        "channels": cfg.model.channels,
+        "pool": cfg.model.pool,
+        "num_classes": cfg.data.num_classes,
+    }
+
+
+def eval_steps(cfg: RunConfig) -> dict[int, str]:
+    """Training step -> nominal duration of every evaluation, ascending. Raises ConfigError.
+
+    Durations that round to one step are merged (the last label wins). With trainer.max_steps, later ones are left out
+    and the run is evaluated at its last step.
+    """
+    spec = cfg.durations
+    spaced = (spec.first, spec.last, spec.num)
+    if spec.values and any(value is not None for value in spaced):
+        raise ConfigError("durations: give values, or first, last and num, but not both.")
+    if spec.values:
+        labels = list(spec.values)
+    elif spec.first is not None and spec.last is not None and spec.num is not None:
+        labels = duration.geometric(spec.first, spec.last, spec.num)
+    else:
+        raise ConfigError("durations: give values, or all of first, last and num.")
+    gflops = forward_gflops(shape_of(cfg), **model_geometry(cfg))
+    steps = {
+        duration.to_steps(
+            duration.parse_duration(label), forward_gflops=gflops, global_batch_size=cfg.trainer.global_batch_size
+        ): label
+        for label in labels
+    }
+    last = cfg.trainer.max_steps
+    if last is not None and max(steps) > last:
+        steps = {step: label for step, label in steps.items() if step <= last}
+        steps.setdefault(last, f"{last} steps")
+    return dict(sorted(steps.items()))

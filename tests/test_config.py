@@ -1,0 +1,121 @@
+"""Typos never pass in silence, wrong values get one sentence, and every shipped experiment composes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sovit.config import ConfigError, compose, config_groups, eval_steps, schema_keys, shape_of
+from sovit.shape import Shape
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("trainer.max_step=3", "'trainer.max_steps'"),
+        ("+trainer.max_step=3", "'trainer.max_steps'"),
+        ("max_steps=3", "'trainer.max_steps'"),
+        ("trainer.foo=2", "trainer.precision"),
+        ("+foo.bar=2", "'foo.bar'"),
+        ("experiment=star_tny", "'star_tiny'"),
+        ("optim=adam", "'adamw'"),
+        ("eval.weights=emo", "'ema'"),
+        ("data.name=fractal", "'fractals'"),
+        ("eval.datasets=[digit]", "'digits'"),
+        ("trainer.max_steps=abc", "trainer.max_steps"),
+        ("optim.lr=[1,2]", "optim.lr"),
+        ("optim.lr=-1", "optim.lr=-1"),
+        ("schedule.cooldown=-1", "schedule.cooldown=-1"),
+        ("trainer.max_steps=0", "trainer.max_steps=0"),
+        ("trainer.max_steps=???", "trainer.max_steps"),
+        ("eval.l2_reg=best", "'best'"),
+        ("eval.shots=[]", "eval.shots"),
+        ("shape=12", "'12'"),
+        ("shape=So401m", "'So400m'"),
+        ("shape=33x4x128", "width=33"),
+        ("shape=So400m/14", "image_size=16"),
+        ("name=a-b", "'a-b'"),
+        ("tag=../x", "'../x'"),
+        ("durations.first=null", "durations"),
+        ("durations.first=3 parsecs", "parsecs"),
+        ("~trainer.max_steps", "trainer.max_steps"),
+        ("model.num_heads=4", "model.head_dim=8"),
+    ],
+)
+def test_a_bad_override_gets_one_sentence_that_names_the_mend(override: str, names: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([override])
+    message = str(caught.value)
+    assert names in message
+    assert "\n" not in message and message.endswith((".", "?"))
+
+
+def test_seed_zero_is_a_seed() -> None:
+    assert compose(["seed=0"]).seed == 0 and compose(["seed=7"]).seed == 7
+
+
+@pytest.mark.parametrize("experiment", config_groups()["experiment"])
+def test_every_experiment_composes_and_is_named_like_its_file(experiment: str) -> None:
+    assert compose([f"experiment={experiment}"]).name == experiment
+
+
+@pytest.mark.parametrize("group", [g for g in config_groups() if g != "experiment"])
+def test_every_group_option_composes(group: str) -> None:
+    for option in config_groups()[group]:
+        compose([f"{group}={option}", *(["model.image_size=224"] if option == "vit" else [])])
+
+
+def test_a_file_of_a_group_states_every_key_of_its_node() -> None:
+    """A key missing from a group file would silently keep the value of the group chosen before it."""
+    from omegaconf import OmegaConf
+
+    from sovit.config import CONF_DIR
+
+    for group in ("model", "data", "optim", "schedule", "trainer", "logger"):
+        wanted = {key.partition(".")[2] for key in schema_keys() if key.startswith(f"{group}.")}
+        for file in (CONF_DIR / group).glob("*.yaml"):
+            assert set(OmegaConf.load(file)) == wanted, file
+
+
+def test_shape_forms() -> None:
+    assert shape_of(compose(["shape=48x2x96"])) == Shape(48, 2, 96, 6, 8)
+    assert shape_of(compose(["shape=48x2x96", "model.width=64"])) == Shape(64, 2, 96, 8, 8)
+    assert shape_of(compose(["model=vit", "shape=So400m/14"])) == Shape(1152, 27, 4304, 16, 14)
+    assert shape_of(compose(["model=vit", "shape=B/16", "model.num_heads=null"])) == Shape(768, 12, 3072, 12, 16)
+    assert shape_of(compose(["experiment=grid", "model.width=416", "model.depth=6", "model.mlp_dim=768"])) == Shape(
+        416, 6, 768, 16, 14
+    )
+
+
+def test_durations_are_the_same_compute_for_every_shape() -> None:
+    for text in ("16x1x16", "64x8x256"):
+        cfg = compose([f"shape={text}", "durations.first=1 gflops", "durations.last=4 gflops", "durations.num=3"])
+        assert list(eval_steps(cfg).values()) == ["1 gflops", "2 gflops", "4 gflops"]
+
+
+def test_max_steps_cuts_the_durations_and_evaluates_at_the_end() -> None:
+    cfg = compose(["durations.values=[10 steps, 20 steps, 40 steps]", "durations.first=null", "durations.last=null",
+                   "durations.num=null", "trainer.max_steps=25"])  # fmt: skip
+    assert eval_steps(cfg) == {10: "10 steps", 20: "20 steps", 25: "25 steps"}
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
+def test_help_and_cfg_do_not_import_torch(flags: list[str]) -> None:
+    code = (
+        "import sys, runpy, atexit\n"
+        "atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'LIGHT'))\n"
+        f"sys.argv = ['sovit.train', 'experiment=star_tiny', *{flags}]\n"
+        "runpy.run_module('sovit.train', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("LIGHT")
+    assert "star_tiny" in done.stdout
+
+
+def test_the_command_line_refuses_with_exit_code_2_and_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sovit.train", "trainer.max_step=3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "did you mean 'trainer.max_steps'?" in done.stderr and "Traceback" not in done.stderr
