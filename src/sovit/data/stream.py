@@ -1,0 +1,117 @@
+"""The endless training stream as a DataLoader, and the few-shot sets.
+
+Batch k of the stream is the images k B .. (k + 1) B - 1. The position is a function of the training step and of
+nothing else, so a resumed run sees the images it would have seen, with any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sovit.data.digits import digits
+from sovit.data.fractals import FractalWorld, render
+
+SUPPORT_PER_CLASS = 100  # pool from which the draws of a few-shot evaluation take their shots
+TEST_PER_CLASS = 64
+
+
+@dataclass(frozen=True)
+class FewShotSet:
+    """A labelled support pool and a test set: images float32 [N, 1, size, size] in [-1, 1], labels int64 [N]."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+
+
+def fractal_fewshot(world: FractalWorld) -> FewShotSet:
+    """The held-out categories: 100 images of each to draw support from and 64 others of each as the test set."""
+    pool = world.num_heldout * SUPPORT_PER_CLASS
+    train_images, train_labels = render(world, np.arange(pool), "heldout")
+    test = np.arange(pool, pool + world.num_heldout * TEST_PER_CLASS)
+    test_images, test_labels = render(world, test, "heldout")
+    return FewShotSet(
+        name="fractals",
+        train_images=_to_float(train_images),
+        train_labels=torch.from_numpy(train_labels),
+        test_images=_to_float(test_images),
+        test_labels=torch.from_numpy(test_labels),
+        num_classes=world.num_heldout,
+    )
+
+
+def digits_fewshot(size: int) -> FewShotSet:
+    """Handwritten digits at the given size: 600 images to draw support from and 1197 as the test set."""
+    return FewShotSet("digits", *digits(size), num_classes=10)
+
+
+class FractalDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Training images of a world, of no length: every index from 0 to 2^63 - 1 is a new image.
+
+    Making one compiles the renderer and builds its tables, so that worker processes forked afterwards share both.
+    """
+
+    def __init__(self, world: FractalWorld) -> None:
+        self.world = world
+        render(world, [0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image [1, size, size] and label []."""
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images [N, 1, size, size] and labels [N], rendered in one call: what the DataLoader asks for a batch."""
+        images, labels = render(self.world, indices)
+        return _to_float(images), torch.from_numpy(labels)
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batch sampler whose batch k is the indices k B .. (k + 1) B - 1, from ``start_step`` up to ``total_steps``.
+
+    Its length is ``total_steps`` wherever it starts: a resumed trainer counts the batches behind it too.
+    Raises ValueError unless global_batch_size >= 1 and 0 <= start_step <= total_steps.
+    """
+
+    def __init__(self, global_batch_size: int, start_step: int, total_steps: int) -> None:
+        if global_batch_size < 1:
+            raise ValueError(f"global_batch_size={global_batch_size} is below 1; a batch needs an image.")
+        if not 0 <= start_step <= total_steps:
+            raise ValueError(f"start_step={start_step} is not in 0 .. total_steps={total_steps}; start within the run.")
+        self.global_batch_size = global_batch_size
+        self.start_step = start_step
+        self.total_steps = total_steps
+
+    def __len__(self) -> int:
+        return self.total_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.total_steps):
+            yield list(range(step * self.global_batch_size, (step + 1) * self.global_batch_size))
+
+
+def make_loader(
+    dataset: FractalDataset, sampler: StepSampler, num_workers: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Loader of (images float32 [B, 1, size, size], labels int64 [B]); the batches do not depend on num_workers."""
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_identity)
+
+
+def _identity(batch: Any) -> Any:
+    return batch  # a named function, because a lambda cannot be sent to a spawned worker
+
+
+def _to_float(images: NDArray[np.uint8]) -> Tensor:
+    """uint8 [N, size, size] to float32 [N, 1, size, size] in [-1, 1]."""
+    return torch.from_numpy(images).unsqueeze(1).float().div_(127.5).sub_(1)
