@@ -279,6 +279,8 @@ def test_held_out_categories_are_neither_trivial_nor_hopeless_for_ridge_regressi
         ("size", 3),
         ("rotation", -0.1),
         ("log_scale_low", 0.5),
+        ("log_scale_high", float("nan")),
+        ("contrast", 1.1),
         ("noise", float("nan")),
     ],
 )

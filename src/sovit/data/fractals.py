@@ -81,13 +81,17 @@ class FractalWorld:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; a world needs at least one category.")
         if not 4 <= self.size <= 256:
             raise ValueError(f"size={self.size} is not in 4 .. 256; choose the image size in pixels.")
-        if self.log_scale_low > self.log_scale_high:
+        if not -4 <= self.log_scale_low <= self.log_scale_high <= 4:
             raise ValueError(
-                f"log_scale_low={self.log_scale_low} is above log_scale_high={self.log_scale_high}; swap the two."
+                f"log_scale_low={self.log_scale_low}, log_scale_high={self.log_scale_high} is not a range within "
+                "-4 .. 4; give the lower end first."
             )
-        for name in ("rotation", "shift", "log_aspect", "contrast", "noise", "variant_jitter"):
-            if not 0 <= getattr(self, name) <= 4:
-                raise ValueError(f"{name}={getattr(self, name)} is not in 0 .. 4; a range is given by its half-width.")
+        limits = {"rotation": 4, "shift": 4, "log_aspect": 4, "contrast": 1, "noise": 4, "variant_jitter": 1}
+        for name, limit in limits.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not in 0 .. {limit}; choose a value there, 0 turns it off."
+                )
 
 
 def render(
