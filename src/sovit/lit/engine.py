@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import time
 import traceback
@@ -36,6 +37,8 @@ from sovit.optim import build_optimizer
 # Exit codes of a cell.
 OK, ERROR, DIVERGED, STOPPED, LOCKED = 0, 1, 3, 75, 76
 EVAL_BATCH = 1024
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and other products
 
 
 def run_cell(overrides: Sequence[str]) -> int:
@@ -184,10 +187,11 @@ def _fit(
         Resume(directory, segment, index, every_s=cfg.trainer.checkpoint_every_s, stop_requested=stop_requested),
     ]
     with warnings.catch_warnings():
-        # Both are meant: batches are rendered in this process, and a resume inside an epoch is exact here (the position
-        # in the data is a function of the step).
+        # The first two are meant: batches are rendered in this process, and a resume inside an epoch is exact here (the
+        # position in the data is a function of the step). The third is between Lightning 2.6 and torch.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*You're resuming from a checkpoint that ended before the epoch ended.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
         trainer = pl.Trainer(
             accelerator=cfg.trainer.accelerator,
             devices=1,
@@ -201,6 +205,7 @@ def _fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            log_every_n_steps=1,  # not used: the Log callback decides
             use_distributed_sampler=False,
         )
         trainer.fit(module, FractalData(cfg, segment.stop), ckpt_path=checkpoint, weights_only=True)
@@ -231,7 +236,8 @@ def build_module(cfg: RunConfig, segment: schedule.Segment) -> LitClassifier:
         lr_rule=optim.lr_rule,  # type: ignore[arg-type]
         base_width=optim.base_width,
         base_mlp_dim=optim.base_mlp_dim,
-        betas=(optim.beta1, optim.beta2),
+        beta1=optim.beta1,
+        beta2=optim.beta2,
     )
 
     def lr_scale(step: int) -> float:
