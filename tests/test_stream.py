@@ -72,22 +72,22 @@ def test_a_senseless_sampler_is_refused(arguments, names):
 def test_fractal_fewshot_has_balanced_disjoint_support_and_test_images():
     fewshot = fractal_fewshot(WORLD)
     assert fewshot.num_classes == 4
-    np.testing.assert_array_equal(np.bincount(fewshot.train_labels), np.full(4, 100))
+    np.testing.assert_array_equal(np.bincount(fewshot.train_labels), np.full(4, 50))
     np.testing.assert_array_equal(np.bincount(fewshot.test_labels), np.full(4, 64))
     for images in (fewshot.train_images, fewshot.test_images):
         assert images.shape[1:] == (1, 16, 16) and images.dtype == torch.float32
         assert images.min() >= -1 and images.max() <= 1
     everything = torch.cat([fewshot.train_images, fewshot.test_images]).flatten(1)
-    assert len(everything.unique(dim=0)) == 4 * (100 + 64)
+    assert len(everything.unique(dim=0)) == 4 * (50 + 64)
 
 
 def test_fewshot_images_are_of_held_out_categories():
     """They are rendered from the held-out split: the training stream of the same indices is another one."""
     fewshot = fractal_fewshot(WORLD)
-    heldout, labels = render(WORLD, np.arange(400), "heldout")
+    heldout, labels = render(WORLD, np.arange(200), "heldout")
     np.testing.assert_array_equal(((fewshot.train_images[:, 0] + 1) * 127.5).round().byte().numpy(), heldout)
     np.testing.assert_array_equal(fewshot.train_labels.numpy(), labels)
-    assert not np.array_equal(heldout, render(WORLD, np.arange(400), "train")[0])
+    assert not np.array_equal(heldout, render(WORLD, np.arange(200), "train")[0])
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])
@@ -118,3 +118,22 @@ def test_digits_fewshot_has_enough_support_for_25_shots():
 def test_digits_of_no_size_are_refused():
     with pytest.raises(ValueError, match="size=0"):
         digits(0)
+
+
+def test_streams_are_different_images_of_the_same_categories():
+    """Stream s is the images from s * 2^40 on, so no two seeds of a run ever meet."""
+    first, _ = FractalDataset(WORLD).__getitems__(range(8))
+    second, labels = FractalDataset(WORLD, stream=3).__getitems__(range(8))
+    images, expected = render(WORLD, 3 * 2**40 + np.arange(8))
+    np.testing.assert_array_equal(((second[:, 0] + 1) * 127.5).round().byte().numpy(), images)
+    np.testing.assert_array_equal(labels.numpy(), expected)
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="stream=8388608"):
+        FractalDataset(WORLD, stream=2**23)
+
+
+def test_grey_is_repeated_over_the_channels():
+    images, _ = FractalDataset(WORLD, channels=3).__getitems__(range(2))
+    grey, _ = FractalDataset(WORLD).__getitems__(range(2))
+    assert images.shape == (2, 3, 16, 16) and all(torch.equal(images[:, k : k + 1], grey) for k in range(3))
+    assert fractal_fewshot(WORLD, 3).test_images.shape[1] == digits_fewshot(16, 3).test_images.shape[1] == 3

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sovit.data.digits import digits
 from sovit.data.fractals import FractalWorld, render
 
-SUPPORT_PER_CLASS = 100  # pool from which the draws of a few-shot evaluation take their shots
+SUPPORT_PER_CLASS = 50  # pool from which the draws of a few-shot evaluation take their shots
 TEST_PER_CLASS = 64
 
 
 @dataclass(frozen=True)
 class FewShotSet:
-    """A labelled support pool and a test set: images float32 [N, 1, size, size] in [-1, 1], labels int64 [N]."""
+    """A labelled support pool and a test set: images float32 [N, channels, size, size] in [-1, 1], labels int64 [N]."""
 
     name: str
     train_images: Tensor
@@ -35,46 +35,52 @@ class FewShotSet:
     num_classes: int
 
 
-def fractal_fewshot(world: FractalWorld) -> FewShotSet:
-    """The held-out categories: 100 images of each to draw support from and 64 others of each as the test set."""
+def fractal_fewshot(world: FractalWorld, channels: int = 1) -> FewShotSet:
+    """The held-out categories: 50 images of each to draw support from and 64 others of each as the test set."""
     pool = world.num_heldout * SUPPORT_PER_CLASS
     train_images, train_labels = render(world, np.arange(pool), "heldout")
     test = np.arange(pool, pool + world.num_heldout * TEST_PER_CLASS)
     test_images, test_labels = render(world, test, "heldout")
     return FewShotSet(
         name="fractals",
-        train_images=_to_float(train_images),
+        train_images=_to_float(train_images, channels),
         train_labels=torch.from_numpy(train_labels),
-        test_images=_to_float(test_images),
+        test_images=_to_float(test_images, channels),
         test_labels=torch.from_numpy(test_labels),
         num_classes=world.num_heldout,
     )
 
 
-def digits_fewshot(size: int) -> FewShotSet:
+def digits_fewshot(size: int, channels: int = 1) -> FewShotSet:
     """Handwritten digits at the given size: 600 images to draw support from and 1197 as the test set."""
-    return FewShotSet("digits", *digits(size), num_classes=10)
+    train_images, train_labels, test_images, test_labels = digits(size)
+    train_images, test_images = (images.expand(-1, channels, -1, -1) for images in (train_images, test_images))
+    return FewShotSet("digits", train_images, train_labels, test_images, test_labels, num_classes=10)
 
 
 class FractalDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Training images of a world, of no length: every index from 0 to 2^63 - 1 is a new image.
+    """Training images of a world, of no length: every index is a new image, the grey repeated over the channels.
 
-    Making one compiles the renderer and builds its tables, so that worker processes forked afterwards share both.
+    ``stream`` picks one of 2^23 streams of 2^40 images of the same categories, so that two seeds of a run are two draws
+    of the data as well. Making a data set compiles the renderer and builds its tables, so that worker processes forked
+    afterwards share both. Raises ValueError for a stream out of range.
     """
 
-    def __init__(self, world: FractalWorld) -> None:
-        self.world = world
+    def __init__(self, world: FractalWorld, stream: int = 0, channels: int = 1) -> None:
+        if not 0 <= stream < 2**23:
+            raise ValueError(f"stream={stream} is not in 0 .. 2^23 - 1; choose a smaller seed for the run.")
+        self.world, self.first, self.channels = world, stream * 2**40, channels
         render(world, [0])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image [1, size, size] and label []."""
+        """Image [channels, size, size] and label []."""
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images [N, 1, size, size] and labels [N], rendered in one call: what the DataLoader asks for a batch."""
-        images, labels = render(self.world, indices)
-        return _to_float(images), torch.from_numpy(labels)
+        """Images [N, channels, size, size] and labels [N], in one call: what the DataLoader asks for a batch."""
+        images, labels = render(self.world, np.asarray(indices, np.int64) + self.first)
+        return _to_float(images, self.channels), torch.from_numpy(labels)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -104,7 +110,7 @@ class StepSampler(Sampler[list[int]]):
 def make_loader(
     dataset: FractalDataset, sampler: StepSampler, num_workers: int = 0
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Loader of (images float32 [B, 1, size, size], labels int64 [B]); the batches do not depend on num_workers."""
+    """Loader of (images float32 [B, channels, size, size], labels int64 [B]); the batches do not depend on num_workers."""
     return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_identity)
 
 
@@ -112,6 +118,6 @@ def _identity(batch: Any) -> Any:
     return batch  # a named function, because a lambda cannot be sent to a spawned worker
 
 
-def _to_float(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 [N, size, size] to float32 [N, 1, size, size] in [-1, 1]."""
-    return torch.from_numpy(images).unsqueeze(1).float().div_(127.5).sub_(1)
+def _to_float(images: NDArray[np.uint8], channels: int) -> Tensor:
+    """uint8 [N, size, size] to float32 [N, channels, size, size] in [-1, 1]."""
+    return torch.from_numpy(images).unsqueeze(1).float().div_(127.5).sub_(1).expand(-1, channels, -1, -1)

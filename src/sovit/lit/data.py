@@ -32,7 +32,7 @@ class FractalData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         cfg = self.cfg
-        dataset = FractalDataset(world_of(cfg))
+        dataset = FractalDataset(world_of(cfg), stream=cfg.seed, channels=cfg.model.channels)
         sampler = StepSampler(cfg.trainer.global_batch_size, self.trainer.global_step, self.total_steps)
         return make_loader(dataset, sampler, cfg.data.num_workers)
 
@@ -40,7 +40,7 @@ class FractalData(pl.LightningDataModule):
 def fewshot_sets(cfg: RunConfig) -> list[FewShotSet]:
     """The targets of ``eval.datasets``, at the model's image size and number of channels."""
     build = {
-        "fractals": lambda: fractal_fewshot(world_of(cfg)),
-        "digits": lambda: digits_fewshot(cfg.model.image_size),
+        "fractals": lambda: fractal_fewshot(world_of(cfg), cfg.model.channels),
+        "digits": lambda: digits_fewshot(cfg.model.image_size, cfg.model.channels),
     }
     return [build[name]() for name in cfg.eval.datasets]
