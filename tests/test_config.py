@@ -33,6 +33,7 @@ from sovit.shape import Shape
         ("shape=12", "'12'"),
         ("shape=So401m", "'So400m'"),
         ("shape=33x4x128", "width=33"),
+        ("model.width=0", "width=0"),
         ("shape=So400m/14", "image_size=16"),
         ("name=a-b", "'a-b'"),
         ("tag=../x", "'../x'"),
@@ -80,6 +81,7 @@ def test_a_file_of_a_group_states_every_key_of_its_node() -> None:
 def test_shape_forms() -> None:
     assert shape_of(compose(["shape=48x2x96"])) == Shape(48, 2, 96, 6, 8)
     assert shape_of(compose(["shape=48x2x96", "model.width=64"])) == Shape(64, 2, 96, 8, 8)
+    assert shape_of(compose(["shape=48x2x96/4"])) == Shape(48, 2, 96, 6, 4)
     assert shape_of(compose(["model=vit", "shape=So400m/14"])) == Shape(1152, 27, 4304, 16, 14)
     assert shape_of(compose(["model=vit", "shape=B/16", "model.num_heads=null"])) == Shape(768, 12, 3072, 12, 16)
     assert shape_of(compose(["experiment=grid", "model.width=416", "model.depth=6", "model.mlp_dim=768"])) == Shape(

@@ -69,7 +69,12 @@ def test_the_same_command_twice_gives_the_same_bytes(tmp_path: Path, weights: st
     assert content(runs[0]) == content(runs[1])
     rows = records.read_lines(records.run_dir(runs[0]) / records.EVALS)
     assert {row["weights"] for row in rows if row["step"]} == {weights}
-    assert [row["step"] for row in rows if row["dataset"] == "digits" and row["shots"] == row["draw"] == 1] == [0, 8, 16, 24]
+    assert [row["step"] for row in rows if row["dataset"] == "digits" and row["shots"] == row["draw"] == 1] == [
+        0,
+        8,
+        16,
+        24,
+    ]
 
 
 @pytest.mark.parametrize("weights", ["ema", "cooled"])
@@ -116,7 +121,11 @@ def _cell(overrides: list[str]) -> None:
 @pytest.mark.parametrize("weights", ["ema", "cooled"])
 def test_sigkill_at_random_moments_loses_nothing(tmp_path: Path, weights: str) -> None:
     """The records of a run killed again and again equal those of an undisturbed one, byte for byte."""
-    common = (f"eval.weights={weights}", "trainer.checkpoint_every_s=0.05", "durations.values=[40 steps,80 steps,160 steps]")
+    common = (
+        f"eval.weights={weights}",
+        "trainer.checkpoint_every_s=0.05",
+        "durations.values=[40 steps,80 steps,160 steps]",
+    )
     undisturbed, killed = small(tmp_path / "a", *common), small(tmp_path / "b", *common)
     assert engine.run(undisturbed) == engine.OK
     context = multiprocessing.get_context("forkserver")
@@ -308,7 +317,9 @@ def test_the_loss_curve_is_the_golden_one(tmp_path: Path) -> None:
     The tolerance covers other processors, which sum in another order; on one machine the curve is exact. Made by this
     test's configuration: the training losses of metrics.jsonl.
     """
-    cfg = small(tmp_path, "shape=32x2x64", "durations.values=[60 steps]", "trainer.log_every_n_steps=5", "eval.shots=[1]")
+    cfg = small(
+        tmp_path, "shape=32x2x64", "durations.values=[60 steps]", "trainer.log_every_n_steps=5", "eval.shots=[1]"
+    )
     engine.run(cfg)
     losses = [row["train/loss"] for row in records.read_lines(records.run_dir(cfg) / records.METRICS)]
     golden = json.loads(GOLDEN.read_text())

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from sovit import duration
 from sovit.flops import forward_gflops
@@ -34,12 +34,12 @@ class ConfigError(ValueError):
 class ModelConfig:
     """The vision transformer apart from its shape, and single dimensions to replace in the shape."""
 
-    width: Optional[int] = None  # replaces the width of `shape`; so do depth and mlp_dim
-    depth: Optional[int] = None
-    mlp_dim: Optional[int] = None
-    num_heads: Optional[int] = None  # give num_heads or head_dim; a named shape brings its own heads
-    head_dim: Optional[int] = None
-    patch_size: Optional[int] = None
+    width: int | None = None  # replaces the width of `shape`; so do depth and mlp_dim
+    depth: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None  # give num_heads or head_dim; a named shape brings its own heads
+    head_dim: int | None = None
+    patch_size: int | None = None
     image_size: int = 224
     channels: int = 3
     pool: str = "map"  # map | avg | token
@@ -75,7 +75,7 @@ class OptimConfig:
     beta2: float = 0.999
     weight_decay: float = 0.0
     head_weight_decay: float = 0.0
-    clip_norm: Optional[float] = 1.0
+    clip_norm: float | None = 1.0
 
 
 @dataclass
@@ -92,10 +92,10 @@ class ScheduleConfig:
 class DurationsConfig:
     """When to evaluate: explicit values, or `num` geometrically spaced from `first` to `last`, in any unit."""
 
-    values: Optional[list[str]] = None
-    first: Optional[str] = None
-    last: Optional[str] = None
-    num: Optional[int] = None
+    values: list[str] | None = None
+    first: str | None = None
+    last: str | None = None
+    num: int | None = None
 
 
 @dataclass
@@ -105,7 +105,7 @@ class EvalConfig:
     datasets: list[str] = field(default_factory=lambda: ["fractals", "digits"])
     shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
     num_draws: int = 3
-    l2_reg: Union[float, str] = 1024.0  # a ridge value, or "loo": leave-one-out on the support set
+    l2_reg: float | str = 1024.0  # a ridge value, or "loo": leave-one-out on the support set
     weights: str = "ema"  # ema | cooled | trunk
     ema_horizon: float = 0.1  # averaging window as a share of the steps so far
 
@@ -116,7 +116,7 @@ class TrainerConfig:
     precision: str = "32-true"
     num_threads: int = 1
     global_batch_size: int = 128
-    max_steps: Optional[int] = None  # stop early; longer durations are left out
+    max_steps: int | None = None  # stop early; longer durations are left out
     log_every_n_steps: int = 50
     checkpoint_every_s: float = 20.0
     keep_checkpoint: bool = False  # keep last.ckpt of a finished run
@@ -126,7 +126,7 @@ class TrainerConfig:
 class LoggerConfig:
     name: str = "wandb"  # wandb | none; the local files are written in either case
     project: str = "sovit"
-    entity: Optional[str] = None
+    entity: str | None = None
     mode: str = "auto"  # auto (online when logged in, else offline) | online | offline
     init_timeout_s: int = 10
 
@@ -341,20 +341,26 @@ def shape_of(cfg: RunConfig) -> Shape:
     A named shape brings its own heads unless model.num_heads is given, and its patch size when written NAME/PATCH.
     """
     model = cfg.model
-    if model.num_heads and model.head_dim:
+    if model.num_heads is not None and model.head_dim is not None:
         raise ConfigError(f"model.num_heads={model.num_heads} and model.head_dim={model.head_dim}: give one of them.")
     text = str(cfg.shape).strip()
     name, slash, _ = text.partition("/")
+    patch = None if slash else model.patch_size
     if name in NAMED:
-        base = parse_shape(text, num_heads=model.num_heads, patch_size=None if slash else model.patch_size)
-        dims, patch = (base.width, base.depth, base.mlp_dim), base.patch_size
-        heads = None if model.width and model.head_dim else base.num_heads
+        base = parse_shape(text, num_heads=model.num_heads, patch_size=patch)
+        heads = None if model.width is not None and model.head_dim is not None else base.num_heads
     else:
-        loose = parse_shape(text, num_heads=1, patch_size=1)
-        dims, patch, heads = (loose.width, loose.depth, loose.mlp_dim), model.patch_size, model.num_heads
-    width, depth, mlp_dim = (given or own for given, own in zip((model.width, model.depth, model.mlp_dim), dims))
+        base = parse_shape(text, num_heads=1, patch_size=patch)
+        heads = model.num_heads
+    given = (model.width, model.depth, model.mlp_dim)
+    width, depth, mlp_dim = (
+        own if new is None else new for new, own in zip(given, (base.width, base.depth, base.mlp_dim), strict=True)
+    )
     return parse_shape(
-        f"{width}x{depth}x{mlp_dim}", num_heads=heads, head_dim=None if heads else model.head_dim, patch_size=patch
+        f"{width}x{depth}x{mlp_dim}",
+        num_heads=heads,
+        head_dim=None if heads is not None else model.head_dim,
+        patch_size=base.patch_size,
     )
 
 

@@ -103,7 +103,9 @@ class Log(pl.Callback):
 class Evaluate(pl.Callback):
     """Calls ``evaluate(model, step, weights)`` at the segment's steps, and once at the random initialisation."""
 
-    def __init__(self, segment: Segment, evaluate: Callable[[torch.nn.Module, int, str], None], ema: Ema | None) -> None:
+    def __init__(
+        self, segment: Segment, evaluate: Callable[[torch.nn.Module, int, str], None], ema: Ema | None
+    ) -> None:
         self.segment, self.evaluate, self.ema = segment, evaluate, ema
         self.weights = "cooled" if segment.kind == "branch" else "ema" if ema else "trunk"
 
@@ -160,7 +162,9 @@ class Resume(pl.Callback):
         os.replace(scratch, self.directory / name)
         self._saved_at = time.monotonic()
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["sovit"] = {
             "segment": self.index,
             "step": trainer.global_step,
@@ -168,7 +172,9 @@ class Resume(pl.Callback):
             "rng": torch.get_rng_state(),
         }
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._rng = checkpoint["sovit"]["rng"]
 
 

@@ -115,5 +115,3 @@ def finish(loggers: list[Logger], exit_code: int) -> None:
                 logger.experiment.finish(exit_code=exit_code)
             except Exception as error:  # as above
                 print(f"W&B could not finish ({type(error).__name__}: {error}); the local records are complete.")
-
-
