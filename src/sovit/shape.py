@@ -1,7 +1,7 @@
 """The shape of a vision transformer: one frozen value, its text forms, and the named shapes of the literature.
 
-Two text forms are read everywhere (command line, configs, sweep files): ``1152x27x4304`` (width x depth x MLP dimension)
-and a name with an optional patch size, ``So400m/14``.
+Two text forms are read everywhere (command line, configs, sweep files): ``1152x27x4304`` (width x depth x MLP
+dimension) and a name, ``So400m``; a patch size in pixels may follow either, ``So400m/14``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ import re
 from dataclasses import dataclass
 
 
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is not a positive whole number.")
+
+
 @dataclass(frozen=True, order=True)
 class Shape:
-    """Width (embedding size), depth (encoder blocks), MLP dimension (hidden size), attention heads, patch size (pixels).
+    """Width (embedding size), depth (encoder blocks), MLP dimension (hidden size), heads, and patch size in pixels.
 
     Raises ValueError if a field is not a positive integer or the width is not divisible by the number of heads.
     """
@@ -26,8 +31,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         for name, value in self.as_dict().items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not a positive whole number.")
+            _check_positive(name, value)
         if self.width % self.num_heads:
             below = self.width - self.width % self.num_heads
             near = f"{below} or {below + self.num_heads}" if below else f"{self.num_heads}"
@@ -85,50 +89,66 @@ NAMED: dict[str, NamedShape] = {
     "grid-origin": NamedShape(Shape(608, 10, 928, 16, 14), _SOVIT + ", winner of the grid sweep"),
 }
 
-_DIMENSIONS = re.compile(r"(\d+)x(\d+)x(\d+)")
+_DIMENSIONS = re.compile(r"([0-9]+)x([0-9]+)x([0-9]+)")
 
 
 def parse_shape(
     text: str, *, num_heads: int | None = None, head_dim: int | None = None, patch_size: int | None = None
 ) -> Shape:
-    """Read ``WIDTHxDEPTHxMLP`` or ``NAME[/PATCH]``; explicit arguments win over what a name implies.
+    """Read ``WIDTHxDEPTHxMLP[/PATCH]`` or ``NAME[/PATCH]``; explicit arguments win over what the text implies.
 
-    ``WxDxM`` needs ``num_heads`` or ``head_dim`` (num_heads = width / head_dim), and ``patch_size``.
+    ``WxDxM`` needs ``num_heads`` or ``head_dim`` (num_heads = width / head_dim), and a patch size.
     Raises ValueError naming the text, with the nearest known name.
     """
     text = str(text).strip()
-    if match := _DIMENSIONS.fullmatch(text):
-        width, depth, mlp_dim = (int(group) for group in match.groups())
-        heads, patch = num_heads, patch_size
-    else:
-        name, slash, patch_text = text.partition("/")
-        if name not in NAMED or (slash and not patch_text.isdecimal()):
-            near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(
-                f"{text!r} is not a shape: write WIDTHxDEPTHxMLP such as 1152x27x4304, or NAME/PATCH such as So400m/14{hint}"
-            )
+    name, slash, patch_text = text.partition("/")
+    match = _DIMENSIONS.fullmatch(name)
+    if (match is None and name not in NAMED) or (slash and not re.fullmatch("[0-9]+", patch_text)):
+        raise ValueError(
+            f"{text!r} is not a shape: write WIDTHxDEPTHxMLP such as 1152x27x4304, "
+            f"or NAME/PATCH such as So400m/14{_nearest(name)}"
+        )
+    if patch_size is None and patch_text:
+        patch_size = int(patch_text)
+    if match is None:
         known = NAMED[name].shape
         width, depth, mlp_dim = known.width, known.depth, known.mlp_dim
-        heads = num_heads or (None if head_dim else known.num_heads)
-        patch = patch_size or (int(patch_text) if patch_text else known.patch_size)
-    if heads is None:
-        if head_dim is None:
-            raise ValueError(f"{text!r} does not say how many attention heads; give num_heads or head_dim.")
+        patch_size = known.patch_size if patch_size is None else patch_size
+        num_heads = known.num_heads if num_heads is None and head_dim is None else num_heads
+    else:
+        width, depth, mlp_dim = (int(group) for group in match.groups())
+    if patch_size is None:
+        raise ValueError(f"{text!r} does not say the patch size; give patch_size.")
+    if head_dim is not None:
         if head_dim < 1 or width % head_dim:
             raise ValueError(f"width={width} is not divisible by head_dim={head_dim}; give num_heads instead.")
-        heads = width // head_dim
-    if patch is None:
-        raise ValueError(f"{text!r} does not say the patch size; give patch_size.")
-    return Shape(width, depth, mlp_dim, heads, patch)
+        if num_heads is not None and num_heads * head_dim != width:
+            raise ValueError(
+                f"num_heads={num_heads} times head_dim={head_dim} is not width={width}; give only one of the two."
+            )
+        num_heads = width // head_dim
+    if num_heads is None:
+        raise ValueError(f"{text!r} does not say how many attention heads; give num_heads or head_dim.")
+    return Shape(width, depth, mlp_dim, num_heads, patch_size)
+
+
+def _nearest(name: str) -> str:
+    folded = {known.lower(): known for known in NAMED}
+    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.4)
+    if near and name not in NAMED:
+        return f"; did you mean {folded[near[0]]!r}?"
+    return f"; names: {', '.join(NAMED)}."
 
 
 def num_patches(image_size: int, patch_size: int) -> int:
-    """Number of patch tokens of a square image. Raises ValueError if the image is not divisible into patches."""
-    if image_size < 1 or image_size % patch_size:
+    """Number of patch tokens of a square image of image_size pixels a side.
+
+    Raises ValueError if the image is not divisible into patches.
+    """
+    for name, value in (("image_size", image_size), ("patch_size", patch_size)):
+        _check_positive(name, value)
+    if image_size % patch_size:
         below = image_size - image_size % patch_size
         near = f"{below} or {below + patch_size}" if below else f"{patch_size}"
-        raise ValueError(
-            f"image_size={image_size} is not divisible by patch_size={patch_size}; use image_size {near}."
-        )
+        raise ValueError(f"image_size={image_size} is not divisible by patch_size={patch_size}; use image_size {near}.")
     return (image_size // patch_size) ** 2

@@ -1,0 +1,118 @@
+"""FLOPs and parameters of a vision transformer in closed form, by group.
+
+Conventions. One multiply-add is 2 FLOP (as XLA counts; many tools report multiply-adds, half as much). Only matrix
+products and the patch convolution count; norms, activations, softmax and additions do not: they are under 1 % at the
+sizes of the literature. **Compute t = forward FLOPs per image x images seen, in GFLOPs**, as in SoViT (arXiv
+2305.13035, where a "9T GFLOPs" run is 9e21 FLOPs forward). Training costs 3 x forward: the backward pass has two
+products for every one of the forward pass (a hair less, because the image needs no gradient).
+
+Patches are the whole ones only, floor(image_size / patch_size)^2, as a VALID convolution cuts them: So400m/14 at 384
+pixels has 27 x 27 tokens, and the last 6 pixels of each side go unseen. Building a model is stricter
+(``models.vit``): there the image must divide into patches.
+"""
+
+from __future__ import annotations
+
+from sovit.shape import Shape
+
+POOLS = ("map", "avg", "token")
+POS_EMBEDS = ("learned", "sincos2d")
+
+
+def forward_flops(
+    shape: Shape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0
+) -> dict[str, int]:
+    """Forward FLOPs per image, by group; the sum of the values is the total.
+
+    ``image_size`` is in pixels a side. ``pool``: ``map`` (multi-head attention pooling head, Scaling Vision
+    Transformers, arXiv 2106.04560), ``avg`` (mean of the tokens) or ``token`` (a class token, one more token in
+    every block). ``num_classes`` 0 means no classifier. Raises ValueError for an image smaller than a patch, or an
+    unknown pool.
+    """
+    patches = _whole_patches(shape, image_size, channels, pool, num_classes)
+    width, depth, mlp_dim = shape.width, shape.depth, shape.mlp_dim
+    tokens = patches + (pool == "token")
+    # MAP: keys and values of all tokens; query, output and MLP of the single probe.
+    map_head = 4 * tokens * width**2 + 4 * width**2 + 4 * tokens * width + 4 * width * mlp_dim
+    return {
+        "patch_embedding": 2 * patches * channels * shape.patch_size**2 * width,
+        "attention_projections": depth * 8 * tokens * width**2,
+        "attention_products": depth * 4 * tokens**2 * width,
+        "mlp": depth * 4 * tokens * width * mlp_dim,
+        "map_head": map_head if pool == "map" else 0,
+        "classifier": 2 * width * num_classes,
+    }
+
+
+def forward_gflops(
+    shape: Shape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0
+) -> float:
+    """Total forward GFLOPs per image; arguments and errors as for ``forward_flops``."""
+    groups = forward_flops(shape, image_size, channels=channels, pool=pool, num_classes=num_classes)
+    return sum(groups.values()) / 1e9
+
+
+def train_gflops(shape: Shape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0) -> float:
+    """GFLOPs of one image's forward and backward pass, 3 x forward; arguments and errors as for ``forward_flops``."""
+    return 3 * forward_gflops(shape, image_size, channels=channels, pool=pool, num_classes=num_classes)
+
+
+def num_params(
+    shape: Shape,
+    image_size: int,
+    *,
+    channels: int = 3,
+    pool: str = "map",
+    num_classes: int = 0,
+    pos_embed: str = "learned",
+) -> dict[str, int]:
+    """Trained parameters, by group; the sum of the values is the total of the real module.
+
+    ``positions`` is the position table plus the class token, if there is one; a ``sincos2d`` table is fixed, so it
+    counts nothing. ``norms`` are those of the blocks and the final one; ``map_head`` has its own norm inside. All
+    linear maps have biases. Arguments and errors as for ``forward_flops``; also raises ValueError for an unknown
+    ``pos_embed``, or ``sincos2d`` with a width not divisible by 4.
+    """
+    patches = _whole_patches(shape, image_size, channels, pool, num_classes)
+    check_pos_embed(pos_embed, shape.width)
+    width, depth, mlp_dim = shape.width, shape.depth, shape.mlp_dim
+    attention = 4 * (width**2 + width)
+    mlp = 2 * width * mlp_dim + mlp_dim + width
+    norm = 2 * width
+    return {
+        "patch_embedding": channels * shape.patch_size**2 * width + width,
+        "positions": (patches * width if pos_embed == "learned" else 0) + (width if pool == "token" else 0),
+        "attention_projections": depth * attention,
+        "mlp": depth * mlp,
+        "norms": (2 * depth + 1) * norm,
+        "map_head": width + attention + norm + mlp if pool == "map" else 0,
+        "classifier": (width + 1) * num_classes,
+    }
+
+
+def check_pool(pool: str) -> None:
+    """Raise ValueError unless ``pool`` is one of ``POOLS``."""
+    if pool not in POOLS:
+        raise ValueError(f"pool={pool!r} is unknown; use one of {', '.join(POOLS)}.")
+
+
+def check_pos_embed(pos_embed: str, width: int) -> None:
+    """Raise ValueError unless ``pos_embed`` is one of ``POS_EMBEDS`` and fits the width."""
+    if pos_embed not in POS_EMBEDS:
+        raise ValueError(f"pos_embed={pos_embed!r} is unknown; use one of {', '.join(POS_EMBEDS)}.")
+    if pos_embed == "sincos2d" and width % 4:
+        raise ValueError(f"pos_embed='sincos2d' needs a width divisible by 4, not {width}; use pos_embed='learned'.")
+
+
+def _whole_patches(shape: Shape, image_size: int, channels: int, pool: str, num_classes: int) -> int:
+    check_pool(pool)
+    sizes = (("image_size", image_size, 1), ("channels", channels, 1), ("num_classes", num_classes, 0))
+    for name, value, least in sizes:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} is not a whole number of at least {least}.")
+    if image_size < shape.patch_size:
+        raise ValueError(
+            f"image_size={image_size} is smaller than patch_size={shape.patch_size}; "
+            "use a larger image or a smaller patch."
+        )
+    return (image_size // shape.patch_size) ** 2
