@@ -1,0 +1,131 @@
+"""Parameter groups and optimisers.
+
+One meaning of weight decay for both optimisers: an update of parameter p in a group with learning rate ``lr`` is
+``p -= schedule * lr * (u + weight_decay * p)``, u the optimiser's direction. That is torch's AdamW, and it is the
+published ``schedule * (lr * u + wd * p)`` of "Scaling Vision Transformers" (arXiv 2106.04560, App. B), whose absolute
+wd is written relative to the learning rate: SoViT's 0.03 x 8e-4 (Table 5) is weight_decay 0.03 at lr 8e-4.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+LrRule = Literal["constant", "fan_in"]
+
+# timm's names for the matrices fed by the MLP's hidden layer: serial blocks, parallel blocks.
+_FED_BY_MLP = ("fc2", "mlp_out_proj")
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    head_weight_decay: float,
+    lr_rule: LrRule = "constant",
+    base_width: int = 64,
+    base_mlp_dim: int = 128,
+) -> list[dict]:
+    """Split a timm VisionTransformer's trainable parameters into few groups, one per (lr, weight_decay).
+
+    Decayed are kernels only, that is the weights of linear and convolution layers: the classifier's with
+    ``head_weight_decay`` (published: 100 times the body's), all others with ``weight_decay``. Biases, norms, positions,
+    class token and the probe of the attention pooling are not.
+
+    lr_rule ``fan_in`` multiplies the learning rate of a matrix by base / fan_in: base_width / width where the width
+    feeds it (the classifier too), base_mlp_dim / mlp_dim where the MLP's hidden layer feeds it. A step of an optimiser
+    of Adam's kind moves every weight by about lr whatever the gradient's size, so the change of an output grows with
+    the number of inputs; dividing by it lets one lr, tuned at the base shape, serve every width and MLP dimension of a
+    sweep ("Tensor Programs V", arXiv 2203.03466). The patch embedding, whose fan-in no sweep varies, and all vectors and
+    embeddings keep lr. As decay is relative to a group's lr, a matrix's decay shrinks along with it.
+
+    Raises ValueError for an unknown rule, and under ``fan_in`` for a matrix that is fed by neither.
+    """
+    if lr_rule not in ("constant", "fan_in"):
+        raise ValueError(f"lr_rule={lr_rule!r} is unknown; use constant or fan_in.")
+    head = model.get_classifier()  # type: ignore[operator]
+    width = model.embed_dim
+
+    groups: dict[tuple[float, float], dict] = {}
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            group_lr, decay = lr, 0.0
+            if name == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
+                decay = head_weight_decay if module is head else weight_decay
+            if name == "weight" and isinstance(module, nn.Linear) and lr_rule == "fan_in":
+                if module_name.rpartition(".")[2] in _FED_BY_MLP:
+                    group_lr = lr * base_mlp_dim / module.in_features
+                elif module.in_features == width:
+                    group_lr = lr * base_width / width
+                else:
+                    raise ValueError(
+                        f"lr_rule fan_in does not know {module_name} with {module.in_features} inputs "
+                        f"in a model of width {width}; use lr_rule constant."
+                    )
+            group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: Literal["adamw", "adafactor"],
+    *,
+    lr: float,
+    weight_decay: float,
+    head_weight_decay: float,
+    lr_rule: LrRule = "constant",
+    base_width: int = 64,
+    base_mlp_dim: int = 128,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+) -> torch.optim.Optimizer:
+    """AdamW or the Adafactor of "Scaling Vision Transformers" (arXiv 2106.04560, Sec. 3.4) on :func:`param_groups`.
+
+    ``beta1`` and ``beta2`` are the decays of the first and the second moment. Adafactor's second decay is
+    ``min(beta2, 1 - i^-0.8)`` at the i-th update, so ``beta2`` is its cap. It has no update clipping and no scaling by
+    the parameter's size, and factors the second moment where the two largest dimensions reach 32. Its momentum is
+    float32 here: the published bfloat16 saves half of it and rounds every update.
+
+    Clip gradients outside. Keys' biases have no gradient but rounding (they shift all logits of a softmax alike), which
+    Adafactor turns into full steps: they alone differ between two ways of computing one run, and change no output.
+    Raises ValueError for an unknown name, and what :func:`param_groups` raises.
+    """
+    groups = param_groups(
+        model,
+        lr=lr,
+        weight_decay=weight_decay,
+        head_weight_decay=head_weight_decay,
+        lr_rule=lr_rule,
+        base_width=base_width,
+        base_mlp_dim=base_mlp_dim,
+    )
+    if name == "adamw":
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
+        # Fused Adam offers to unscale float16 gradients itself, and Lightning therefore refuses to clip them in mixed
+        # precision, bfloat16 included. Declining the offer has the gradients unscaled, then clipped, before the step.
+        adamw._step_supports_amp_scaling = False
+        return adamw
+    if name == "adafactor":
+        from timm.optim import AdafactorBigVision  # timm takes seconds to import
+
+        return AdafactorBigVision(
+            groups,
+            lr=lr,
+            min_dim_size_to_factor=32,
+            decay_rate=0.8,
+            beta2_cap=beta2,
+            momentum=beta1,
+            momentum_dtype=torch.float32,
+            eps=1e-30,
+            clipping_threshold=None,
+            unscaled_wd=False,
+        )
+    raise ValueError(f"Optimizer {name!r} is unknown; use adamw or adafactor.")
