@@ -6,6 +6,7 @@ multiply-add), so a duration in compute means more images for a smaller shape. T
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def geometric(first: str, last: str, num: int) -> list[str]:
     if num < 2:
         raise ValueError(f"num={num} durations cannot span from {first!r} to {last!r}; ask for at least 2.")
     if low.unit != high.unit:
-        raise ValueError(f"{first!r} and {last!r} have different units; give both in {low.unit} or both in {high.unit}.")
+        raise ValueError(
+            f"{first!r} and {last!r} have different units; give both in {low.unit} or both in {high.unit}."
+        )
     if low.value >= high.value:
         raise ValueError(f"{first!r} is not less than {last!r}; give the shorter duration first.")
     ratio = high.value / low.value
@@ -92,6 +95,6 @@ def geometric(first: str, last: str, num: int) -> list[str]:
     if low.unit in ("steps", "images"):
         between = [float(round(value)) for value in between]
     values = [low.value, *between, high.value]
-    if any(b <= a for a, b in zip(values, values[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(values)):
         raise ValueError(f"{num} durations from {first!r} to {last!r} lie too close to tell apart; ask for fewer.")
     return [str(Duration(value, low.unit)) for value in values]

@@ -77,8 +77,9 @@ def fit_ridge(
     ``"loo"`` takes the l2 of LOO_GRID with the least squared error of leaving out one image at a time, in closed form,
     with the standardisation held fixed. Why squared error and not misclassification: it is smooth in the features, so
     the choice does not jump between neighbouring checkpoints, and it still ranks values where an image left out was
-    the only one of its class, which no l2 classifies. On embedded images and a 32x4x128 model both come within 3% of
-    the best l2 at 10 shots; 2^10 is that good late in training only, and 10% off early.
+    the only one of its class, which no l2 classifies. On the embedded images and a 32x4x128 model after
+    300 to 3000 steps both come within 3% of the error of the best l2 at 10 shots; 2^10 is 11% off at 300 steps. At
+    one shot no choice on the support can be good, and this one shrinks strongly.
 
     Raises ValueError for an l2 that is not positive, non-finite features or labels outside 0..num_classes-1.
     """
@@ -87,6 +88,7 @@ def fit_ridge(
         raise ValueError(f"l2={l2} is not positive and finite; the published value is {PUBLISHED_L2:g}.")
     label_array = np.asarray(labels)
     _check_labels(label_array, num_classes)
+    label_array = label_array.astype(np.int64)  # torch would read uint8 as a mask
     _check_features(features, label_array)
 
     x = features.to(dtype)
@@ -124,10 +126,7 @@ def _leave_one_out(z: torch.Tensor, right: torch.Tensor, eigenvalues: torch.Tens
         for i in candidates:
             inverse = 1 / (eigenvalues + LOO_GRID[i])
             fitted, diagonal = z @ (right * inverse[:, None]), z_squared @ inverse
-            if y is None:
-                residual = fitted / diagonal[:, None]
-            else:
-                residual = (y - fitted) / (1 - diagonal)[:, None]
+            residual = fitted / diagonal[:, None] if y is None else (y - fitted) / (1 - diagonal)[:, None]
             errors[i] = residual.square().sum().item()
         best = min(errors, key=lambda i: (errors[i], -i))
         candidates = [i for i in (best - step, best + step) if 0 <= i < len(LOO_GRID)]

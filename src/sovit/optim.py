@@ -47,7 +47,7 @@ def param_groups(
     if lr_rule not in ("constant", "fan_in"):
         raise ValueError(f"lr_rule={lr_rule!r} is unknown; use constant or fan_in.")
     head = model.get_classifier()  # type: ignore[operator]
-    width = model.embed_dim
+    width: int = model.embed_dim  # type: ignore[assignment]
 
     groups: dict[tuple[float, float], dict] = {}
     seen: set[int] = set()

@@ -7,6 +7,7 @@ know how long the run will be, so one trunk serves every duration: a cooldown br
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -107,10 +108,14 @@ def segments(eval_steps: Sequence[int], weights: Weights, cooldown: float = 0) -
     if not steps:
         raise ValueError("A run needs at least one evaluation step, got none.")
     if steps[0] < 1:
-        raise ValueError(f"Evaluation step {steps[0]} is below 1; step 0, the random initialisation, needs no training.")
-    for step, following in zip(steps, steps[1:], strict=False):
+        raise ValueError(
+            f"Evaluation step {steps[0]} is below 1; step 0, the random initialisation, needs no training."
+        )
+    for step, following in itertools.pairwise(steps):
         if step == following:
-            raise ValueError(f"Evaluation step {step} is given twice; durations of one run must differ by a step or more.")
+            raise ValueError(
+                f"Evaluation step {step} is given twice; durations of one run must differ by a step or more."
+            )
     total_steps = steps[-1]
 
     if weights in ("ema", "trunk"):
