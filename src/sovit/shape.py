@@ -134,9 +134,10 @@ def parse_shape(
 
 def _nearest(name: str) -> str:
     folded = {known.lower(): known for known in NAMED}
-    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.4)  # case first: s and S, g and G are two shapes
+    near = near or [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.4)]
     if near and name not in NAMED:
-        return f"; did you mean {folded[near[0]]!r}?"
+        return f"; did you mean {near[0]!r}?"
     return f"; names: {', '.join(NAMED)}."
 
 
