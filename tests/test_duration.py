@@ -22,11 +22,11 @@ from sovit.duration import Duration, geometric, parse_duration, to_steps
         ("2E+11flops", 2e11, "flops"),
         ("1.5e-2 gflops", 0.015, "gflops"),
         (".5B flops", 5e8, "flops"),
-        ("0.3M images", 300_000, "images"),
+        ("2.01M images", 2_010_000, "images"),
     ],
 )
 def test_reads_number_suffix_and_unit_exactly(text, value, unit):
-    """Exactly: 1.1M is 1100000, which 1.1 * 1e6 in floating point is not."""
+    """Exactly: 2.01M is 2010000, which 2.01 * 10**6 in floating point is not."""
     assert parse_duration(text) == Duration(value, unit)
 
 

@@ -44,7 +44,7 @@ def test_solution_equals_a_dense_solve_and_sklearn(per_class, l2):
 
 
 def test_switch_from_dual_to_primal_counts_the_bias_column(monkeypatch):
-    """D + 1 = 11 columns: 10 images decompose a 10x10 matrix, 11 an 11x11 one, 12 still 11x11."""
+    """D + 1 = 11 columns: 10 images decompose a 10x10 matrix, 11 and 12 images an 11x11 one."""
     sizes = []
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or eigh(matrix))

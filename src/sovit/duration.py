@@ -49,7 +49,7 @@ def parse_duration(text: str) -> Duration:
     if match is None:
         raise ValueError(f"Cannot read the duration {text!r}; {_EXAMPLES}.")
     number, exponent, suffix, unit = match.groups(default="")
-    # In decimal, or 1.1M would not be 1100000.
+    # In decimal, or 2.01M would not be 2010000.
     value = Decimal(number + exponent).scaleb(_SUFFIXES[suffix.upper()])
     return Duration(float(value), unit.lower() + "s")
 
