@@ -39,6 +39,7 @@ from sovit.shape import Shape
         ("tag=../x", "'../x'"),
         ("durations.first=null", "durations"),
         ("durations.first=3 parsecs", "parsecs"),
+        ("schedule.kind=cosine", "cosine"),
         ("~trainer.max_steps", "trainer.max_steps"),
         ("model.num_heads=4", "model.head_dim=8"),
     ],

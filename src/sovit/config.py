@@ -321,11 +321,15 @@ def check(cfg: RunConfig) -> None:
         raise ConfigError(f"optim.clip_norm={cfg.optim.clip_norm} must be positive, or null to switch clipping off.")
     try:
         num_patches(cfg.model.image_size, shape_of(cfg).patch_size)
-        eval_steps(cfg)
+        num_durations = len(eval_steps(cfg))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if cfg.schedule.kind == "cosine" and num_durations > 1:
+        raise ConfigError(
+            "schedule.kind=cosine bends towards one duration and cannot serve several; use rsqrt or constant, or one duration."
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
