@@ -1,0 +1,203 @@
+"""Records in, points out: what a sweep measured, and what of it was left out and why.
+
+A point is one run at one duration, its error averaged over the draws of the support set. Nothing is dropped in silence:
+runs that are not done, and runs named in ``exclusions.csv`` (run_id,reason) of the sweep's directory, come back as
+exclusions.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from sovit import records
+
+EXCLUSIONS = "exclusions.csv"
+DIMENSIONS = ("width", "depth", "mlp_dim")
+
+
+class HasShape(Protocol):
+    """A `Point`, a `sovit.shape.Shape`, or anything else with the three dimensions."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def mlp_dim(self) -> int: ...
+
+
+class Dimensions(NamedTuple):
+    width: int
+    depth: int
+    mlp_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.depth}x{self.mlp_dim}"
+
+    def differs(self, other: Dimensions) -> list[str]:
+        """Names of the dimensions in which two shapes differ."""
+        return [name for name, here, there in zip(DIMENSIONS, self, other, strict=True) if here != there]
+
+
+def dimensions(shape: HasShape) -> Dimensions:
+    return Dimensions(shape.width, shape.depth, shape.mlp_dim)
+
+
+@dataclass(frozen=True)
+class Point:
+    """``t_gflops``: forward GFLOPs per image times images seen. ``duration``: its nominal name, equal along a slice.
+
+    ``error`` in [0, 1] is the mean over ``num_draws`` support draws. ``stderr`` adds the spread of the draws to the
+    binomial error of the test set, an upper bound: all runs share the same draws and the same test images.
+    """
+
+    run_id: str
+    width: int
+    depth: int
+    mlp_dim: int
+    seed: int
+    t_gflops: float
+    duration: str
+    error: float
+    stderr: float
+    num_draws: int
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    run_id: str
+    reason: str
+
+
+def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[Point], list[Exclusion]]:
+    """Points of every finished run of ``runs/<name>`` on one data set at one number of shots, by run id and compute.
+
+    Raises ValueError if there is no such directory, a finished run's records cannot be read, ``exclusions.csv`` is
+    malformed or names an unknown run, the runs were evaluated with different weights, or no finished run holds the
+    data set at that number of shots.
+    """
+    sweep_dir = Path(sweep_dir)
+    if not sweep_dir.is_dir():
+        raise ValueError(f"{sweep_dir} is not a directory; give the directory that holds a sweep's runs.")
+    run_dirs = sorted(path for path in sweep_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
+    left_out = _read_exclusions(sweep_dir / EXCLUSIONS, {path.name for path in run_dirs})
+    points: list[Point] = []
+    exclusions: list[Exclusion] = []
+    available: set[tuple[str, int]] = set()
+    weights: dict[str, str] = {}
+    for run_dir in run_dirs:
+        reason = left_out.get(run_dir.name) or _not_done(run_dir)
+        if reason is None:
+            rows = [row for row in _read_rows(run_dir / records.EVALS) if row["step"] > 0]
+            available |= {(row["dataset"], row["shots"]) for row in rows}
+            rows = [row for row in rows if row["dataset"] == dataset and row["shots"] == shots]
+            weights |= {row["weights"]: run_dir.name for row in rows}
+            points += _average(rows, run_dir)
+            reason = None if rows else f"no evaluation of {dataset} at {shots} shots"
+        if reason is not None:
+            exclusions.append(Exclusion(run_dir.name, reason))
+    if len(weights) > 1:
+        found = ", ".join(f"{kind} ({run})" for kind, run in sorted(weights.items()))
+        raise ValueError(f"{sweep_dir} mixes evaluated weights: {found}; exclude the runs of one kind in {EXCLUSIONS}.")
+    if available and not points:
+        known = ", ".join(f"{name} at {count}" for name, count in sorted(available))
+        raise ValueError(f"{sweep_dir} holds no evaluation of {dataset} at {shots} shots; it has {known}.")
+    return points, exclusions
+
+
+def _read_exclusions(path: Path, run_ids: set[str]) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != ["run_id", "reason"]:
+            raise ValueError(f"{path} starts with {reader.fieldnames}; its first line must be run_id,reason.")
+        rows = list(reader)
+    for row in rows:
+        if row["run_id"] not in run_ids:
+            raise ValueError(f"{path} excludes {row['run_id']!r}, which is no run of this sweep; correct the name.")
+        if not (row["reason"] or "").strip():
+            raise ValueError(f"{path} gives no reason for excluding {row['run_id']}; write one.")
+    return {row["run_id"]: f"{EXCLUSIONS}: {row['reason'].strip()}" for row in rows}
+
+
+def _not_done(run_dir: Path) -> str | None:
+    """Why the run does not count, or None if it is done."""
+    record = records.read_run(run_dir)
+    if record is None:
+        return f"no {records.RUN}"
+    status = record.get("status")
+    if status == records.DONE:
+        return None
+    reason = f"{status}: {record['reason']}" if record.get("reason") else f"{status}"
+    evals = run_dir / records.EVALS
+    if evals.exists() and evals.stat().st_size and not evals.read_bytes().endswith(b"\n"):
+        reason += f" (the last line of {records.EVALS} is cut off)"
+    return reason
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{where} is not valid JSON; delete the run's directory and run the cell again.") from None
+        if row.get("schema") != records.SCHEMA:
+            raise ValueError(f"{where} has schema {row.get('schema')!r}, this version reads {records.SCHEMA}.")
+        error = row["error"]
+        if error is None or not 0 <= error <= 1:
+            raise ValueError(f"{where} has error {error}, which is not in [0, 1]; exclude the run in {EXCLUSIONS}.")
+        rows.append(row)
+    return rows
+
+
+def _average(rows: list[dict[str, Any]], run_dir: Path) -> list[Point]:
+    """One point for each duration of a run, over its draws."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["duration"], row["step"]), []).append(row)
+    durations = [duration for duration, _ in groups]
+    points = []
+    for (duration, _), group in groups.items():
+        if durations.count(duration) > 1 or len({row["draw"] for row in group}) < len(group):
+            raise ValueError(f"{run_dir / records.EVALS} evaluates {duration!r} twice; delete the run and repeat it.")
+        errors = np.array([row["error"] for row in group])
+        binomial = float(np.mean([row["stderr"] or 0.0 for row in group]))
+        draws = float(errors.std(ddof=1)) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
+        row = group[0]
+        points.append(
+            Point(
+                run_id=run_dir.name, width=row["width"], depth=row["depth"], mlp_dim=row["mlp_dim"], seed=row["seed"],
+                t_gflops=float(row["t_gflops"]), duration=duration, error=float(errors.mean()),
+                stderr=math.hypot(binomial, draws), num_draws=len(group),
+            )
+        )  # fmt: skip
+    return sorted(points, key=lambda point: point.t_gflops)
+
+
+def plain(value: Any) -> Any:
+    """JSON-ready copy: dataclasses and mappings to dicts, sequences to lists, numpy to Python, inf and nan to None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
