@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,8 @@ from sovit.analysis.points import Point, load_points
 from sovit.analysis.star import fit_star
 from sovit.flops import forward_gflops, num_params
 from sovit.shape import Shape
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "star_tiny.ipynb"
 
 # Errors of a tiny star at t = 17, 33, 67, 133 and 267 GFLOPs: sizes x durations, one seed, 4096 test images.
 STAR: dict[str, dict[int, list[float]]] = {
@@ -466,5 +471,32 @@ def test_the_table_of_choices_keeps_exponents_under_their_own_choice(fit: dict) 
     fit["arms"]["width"]["late"] = [{"num_dropped": 2, "s": 0.777, "num_points": 9}]
     table = summary.choices(fit)
     rows = {name: dict(zip(table["header"], values, strict=True)) for name, values in table["rows"]}
-    assert rows["width"]["less 2"] == "0.78" and rows["width"]["less 1"] == "-"
+    assert rows["width"]["from duration 3"] == "0.78" and rows["width"]["from duration 2"] == "-"
     assert rows["depth"]["error ≤ 0.6"] == f"{fit['arms']['depth']['s']['estimate']:.2f}"
+
+
+def test_the_notebook_runs_on_a_finished_sweep_and_stores_no_output(
+    sweep: Path, fit: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    shutil.copytree(sweep, tmp_path / "runs" / "star_tiny")
+    (tmp_path / "runs" / "star_tiny" / "fit.json").write_text(json.dumps(fit))
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    shown: list[str] = []
+    jupyter = ModuleType("IPython.display")  # comes with the notebook's server, not with sovit
+    jupyter.SVG, jupyter.display = str, shown.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython.display", jupyter)
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+    printed = capsys.readouterr().out
+    assert len(shown) == 1 and shown[0].startswith("<svg")
+    depth = fit["arms"]["depth"]
+    law, t = depth["law"], 10 * max(point["t_gflops"] for point in fit["points"])
+    ratio = law["alpha"] * law["a"] * t ** law["c"] / (law["beta"] * law["b"])
+    best = ratio ** (1 / (law["a"] + law["b"]))  # where the derivative of Eq. 2 by x is zero
+    assert f"depth    {best:.3g} at 2,667 GFLOPs" in printed and "10.0x beyond the data" in printed
+    refitted = re.search(r"depth    s = (0\.\d\d) with errors up to 0\.5, (0\.\d\d) before", printed)
+    assert refitted and refitted[2] == f"{depth['s']['estimate']:.2f}" != refitted[1]

@@ -189,7 +189,7 @@ def choices(fit: dict[str, Any]) -> dict[str, Any]:
         if entry:
             found[name] = {
                 **{f"error ≤ {cut['max_error']:g}": cut["s"] for cut in entry["cutoffs"]},
-                **{f"less {late['num_dropped']}": late["s"] for late in entry["late"]},
+                **{f"from duration {late['num_dropped'] + 1}": late["s"] for late in entry["late"]},
             }
     header = list(dict.fromkeys(choice for exponents in found.values() for choice in exponents))
     return {
