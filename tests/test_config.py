@@ -41,7 +41,7 @@ from sovit.shape import Shape
         ("durations.first=3 parsecs", "parsecs"),
         ("schedule.kind=cosine", "cosine"),
         ("~trainer.max_steps", "trainer.max_steps"),
-        ("model.num_heads=4", "model.head_dim=8"),
+        ("model.head_dim=4", "model.num_heads=4"),
     ],
 )
 def test_a_bad_override_gets_one_sentence_that_names_the_mend(override: str, names: str) -> None:
@@ -80,9 +80,11 @@ def test_a_file_of_a_group_states_every_key_of_its_node() -> None:
 
 
 def test_shape_forms() -> None:
-    assert shape_of(compose(["shape=48x2x96"])) == Shape(48, 2, 96, 6, 8)
-    assert shape_of(compose(["shape=48x2x96", "model.width=64"])) == Shape(64, 2, 96, 8, 8)
-    assert shape_of(compose(["shape=48x2x96/4"])) == Shape(48, 2, 96, 6, 4)
+    assert shape_of(compose(["shape=48x2x96"])) == Shape(48, 2, 96, 4, 8)
+    assert shape_of(compose(["shape=48x2x96", "model.width=64"])) == Shape(64, 2, 96, 4, 8)
+    by_head = ["model.num_heads=null", "model.head_dim=8"]
+    assert shape_of(compose(["shape=48x2x96", "model.width=64", *by_head])) == Shape(64, 2, 96, 8, 8)
+    assert shape_of(compose(["shape=48x2x96/4"])) == Shape(48, 2, 96, 4, 4)
     assert shape_of(compose(["model=vit", "shape=So400m/14"])) == Shape(1152, 27, 4304, 16, 14)
     assert shape_of(compose(["model=vit", "shape=B/16", "model.num_heads=null"])) == Shape(768, 12, 3072, 12, 16)
     assert shape_of(compose(["experiment=grid", "model.width=416", "model.depth=6", "model.mlp_dim=768"])) == Shape(

@@ -13,7 +13,7 @@ from sovit.config import compose, shape_of
 def test_run_ids_parse_back_and_sort_by_shape() -> None:
     cfgs = [compose([f"shape={s}", "name=star_tiny", "seed=3"]) for s in ("8x4x128", "16x4x128", "96x4x128")]
     ids = [records.run_id(cfg) for cfg in cfgs]
-    assert ids[1] == "star_tiny-w0016-d04-m0128-h02-p08-s3"
+    assert ids[1] == "star_tiny-w0016-d04-m0128-h04-p08-s3"
     assert ids == sorted(ids)
     for cfg, text in zip(cfgs, ids, strict=True):
         assert records.parse_run_id(text) == ("star_tiny", shape_of(cfg), "", 3)
