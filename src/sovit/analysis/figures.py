@@ -129,12 +129,7 @@ def error_by_compute(fit: dict[str, Any], baselines: dict[str, float]) -> Figure
                 _log_axis(axis.xaxis, min(times) / 1.1, max(times) * 1.1)
                 axis.legend(title=ARMS[arm], loc="lower left", ncols=2, handlelength=1.4, columnspacing=1.0)
             axis.set_xlabel("compute t, GFLOPs")
-            for name, error in baselines.items():
-                axis.axhline(error, color=GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-                axis.annotate(
-                    name, (1, error), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                    ha="right", fontsize=7.5, color=GREY,
-                )  # fmt: skip
+            _draw_baselines(axis, baselines)
         everything = [point["error"] for point in points] + [error for error in baselines.values() if error > 0]
         if everything:
             # room below for the legend
@@ -154,11 +149,11 @@ def optimum_by_compute(fit: dict[str, Any]) -> Figure:
             minima = entry["minima"] if entry else []
             if entry and minima:
                 _draw_optimum(axis, fit, arm, entry, minima)
+        legend: dict[str, Any] = {}
         for axis in panels:
-            if axis.get_legend_handles_labels()[1]:
-                handles, labels = axis.get_legend_handles_labels()
-                figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-                break
+            legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        if legend:
+            figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=len(legend))
         return figure
 
 
@@ -306,6 +301,19 @@ def _draw_slices(
     _size_axis(axis, sizes)
 
 
+def _draw_baselines(axis: Axes, baselines: dict[str, float]) -> None:
+    """Dotted lines with their names above them, or below where the line above is too near."""
+    above = math.inf
+    for name, error in sorted(baselines.items(), key=lambda item: -item[1]):
+        below = error > above / 1.15
+        axis.axhline(error, color=GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        axis.annotate(
+            name, (1, error), xycoords=("axes fraction", "data"), xytext=(0, -2 if below else 2),
+            textcoords="offset points", ha="right", va="top" if below else "bottom", fontsize=7.5, color=GREY,
+        )  # fmt: skip
+        above = error
+
+
 def _draw_optimum(
     axis: Axes, fit: dict[str, Any], arm: str, entry: dict[str, Any], minima: Sequence[dict[str, Any]]
 ) -> None:
@@ -317,7 +325,8 @@ def _draw_optimum(
     if law and law.alpha and law.beta:
         best = law.optimum(line)
         shown += list(law.optimum(times))
-        axis.plot(line, best, color=ACCENT, linewidth=1.6, label="law's optimum", zorder=3)
+        dashes, label = ("-", "law's optimum") if entry["identified"] else ("--", "law's optimum, not identified")
+        axis.plot(line, best, color=ACCENT, linewidth=1.6, linestyle=dashes, label=label, zorder=3)
         if entry["identified"] and interval and interval["lo"] is not None and interval["hi"] is not None:
             middle = math.sqrt(times.min() * times.max())
             turned = [law.optimum(middle) * (line / middle) ** interval[side] for side in ("lo", "hi")]
@@ -325,7 +334,7 @@ def _draw_optimum(
                 line, np.minimum(*turned), np.maximum(*turned), color=ACCENT, alpha=0.12, linewidth=0,
                 label="its slope within the interval",
             )  # fmt: skip
-    for inside, label in ((True, "lowest run, inside the arm"), (False, "lowest run, at an edge of the arm")):
+    for inside, label in ((True, "lowest error, inside the arm"), (False, "lowest error, at an edge")):
         x = [m["x"] if m["interior"] is inside else math.nan for m in minima]
         axis.plot(times, x, "o", color=INK, markerfacecolor=INK if inside else "white", markersize=5, label=label)
     parabola = [minimum["parabola_x"] or math.nan for minimum in minima]
