@@ -327,9 +327,7 @@ def check(cfg: RunConfig) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if cfg.schedule.kind == "cosine" and num_durations > 1:
-        raise ConfigError(
-            "schedule.kind=cosine bends towards one duration and cannot serve several; use rsqrt or constant, or one duration."
-        )
+        raise ConfigError("schedule.kind=cosine bends towards one duration; for several use rsqrt or constant.")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

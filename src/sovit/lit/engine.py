@@ -221,9 +221,9 @@ def build_module(cfg: RunConfig, segment: schedule.Segment) -> LitClassifier:
         image_size=model_cfg.image_size,
         channels=model_cfg.channels,
         num_classes=cfg.data.num_classes,
-        pool=model_cfg.pool,  # type: ignore[arg-type]
-        pos_embed=model_cfg.pos_embed,  # type: ignore[arg-type]
-        init=model_cfg.init,  # type: ignore[arg-type]
+        pool=model_cfg.pool,
+        pos_embed=model_cfg.pos_embed,
+        init=model_cfg.init,
         head_bias=model_cfg.head_bias,
         drop_path_rate=model_cfg.drop_path_rate,
     )
