@@ -1,0 +1,183 @@
+"""The plan: steps, compute and time of a cell against numbers worked out by hand, and what a plan refuses."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from sovit import records
+from sovit.config import ConfigError, compose
+from sovit.launch import plan as planning
+from sovit.launch.display import count_text, duration_text, plan_table, time_left
+from sovit.launch.plan import CPU, GPU, Plan, makespan, plan, visible_gpus
+from sovit.launch.state import CellState
+from sovit.launch.sweep import SweepError, load_sweep
+
+SWEEPS = Path(__file__).parents[1] / "sweeps"
+CENTER = ["shape=32x4x128", "durations.first=2 gflops", "durations.last=8 gflops", "durations.num=3"]
+
+
+def center(tmp_path: Path, *overrides: str) -> Plan:
+    """The plan of one tiny cell that is evaluated at 2, 4 and 8 GFLOPs."""
+    return plan(load_sweep(SWEEPS / "star_smoke.yaml", [*CENTER, f"runs_dir={tmp_path}", *overrides]))
+
+
+def test_a_tiny_cell_by_hand(tmp_path: Path) -> None:
+    """4 tokens: FLOPs 2x4x64x32 patches, 4 blocks of 8x4x32^2 + 4x4^2x32 + 4x4x32x128, classifier 2x32x256."""
+    [cell] = center(tmp_path).cells
+    assert cell.run_id == "star_smoke-w0032-d04-m0128-h04-p08-s0"
+    assert cell.forward_gflops == pytest.approx(434_176e-9, rel=1e-12)
+    assert cell.num_params == 2080 + 128 + 4 * 4 * (1024 + 32) + 4 * (2 * 32 * 128 + 128 + 32) + 9 * 64 + 33 * 256
+    assert list(cell.evaluations.items()) == [(36, "2 gflops"), (72, "4 gflops"), (144, "8 gflops")]
+    assert (cell.steps, cell.images) == (144, 144 * 128)
+    assert cell.train_gflops == pytest.approx(3 * 434_176e-9 * 144 * 128)
+    step_s = CPU.step_s + 4 * CPU.block_s + 3 * 434_176e-9 * 128 / CPU.gflops_per_s
+    eval_s = CPU.eval_s + 434_176e-9 * (64 * 164 + 1797) / CPU.gflops_per_s
+    assert cell.seconds == pytest.approx(CPU.start_s + 144 * step_s + 4 * eval_s)  # and at the initialisation
+
+
+def test_cooldown_branches_are_trained_too(tmp_path: Path) -> None:
+    """Published durations 500K, 1M and 2M with cooldowns of 50K: a trunk of 1.95M steps and three branches."""
+    [cell] = plan(load_sweep(SWEEPS / "star.yaml", ["shape=1968x40x6144", f"runs_dir={tmp_path}"])).cells
+    assert list(cell.evaluations) == [500_000, 1_000_000, 2_000_000]
+    assert cell.steps == 1_950_000 + 3 * 50_000
+
+
+def test_the_time_on_a_gpu_is_a_share_of_its_peak(tmp_path: Path) -> None:
+    sweep = load_sweep(SWEEPS / "star.yaml", ["shape=1968x40x6144", f"runs_dir={tmp_path}"])
+    one, two = plan(sweep, peak_tflops=100.0), plan(sweep, peak_tflops=200.0)
+    [cell] = one.cells
+    products = (cell.train_gflops + 4 * planning.EVAL_IMAGES * cell.forward_gflops) / 40e3
+    overhead = GPU.start_s + cell.steps * (GPU.step_s + 40 * GPU.block_s) + 4 * GPU.eval_s
+    assert cell.seconds == pytest.approx(products + overhead)
+    assert two.cells[0].seconds == pytest.approx(products / 2 + overhead)
+    assert "an assumption" in one.basis
+    assert one.device_hours == pytest.approx(cell.seconds / 3600)
+
+
+def finished(tmp_path: Path, name: str, wall_s: float, **changes: object) -> None:
+    """The record of a finished run of the center."""
+    cfg = compose([*CENTER, "experiment=star_smoke", f"runs_dir={tmp_path}"])
+    directory = tmp_path / "earlier" / name
+    directory.mkdir(parents=True)
+    record = {
+        "schema": records.SCHEMA, "status": "done", "config": dataclasses.asdict(cfg), "wall_s": wall_s,
+        "depth": 4, "steps_trained": 144, "forward_gflops": 434_176e-9,
+    }  # fmt: skip
+    records.write_json(directory / records.RUN, record | changes)
+
+
+def test_finished_runs_correct_the_expected_time(tmp_path: Path) -> None:
+    """By the median of measured over expected; runs that failed and records of another version say nothing."""
+    [before] = center(tmp_path).cells
+    for name, factor in {"a": 3.0, "b": 3.0, "c": 50.0}.items():
+        finished(tmp_path, name, factor * before.seconds)
+    finished(tmp_path, "failed", 1e6, status="failed")
+    finished(tmp_path, "of_another_version", 1e6, schema=records.SCHEMA + 1)
+    after = center(tmp_path)
+    assert after.cells[0].seconds == pytest.approx(3 * before.seconds)
+    assert "corrected by 3 finished runs" in after.basis
+
+
+def test_device_hours_count_the_threads_of_a_worker(tmp_path: Path) -> None:
+    made = center(tmp_path, "trainer.num_threads=2")
+    assert made.device_hours == pytest.approx(2 * made.cells[0].seconds / 3600)
+
+
+def test_the_longest_task_first_packs_as_graham_says() -> None:
+    """The example on which longest-first is known to end at 7 where 6 is possible, and workers that are busy at first."""
+    assert makespan([2, 3, 2, 3, 2], [0, 0]) == 7
+    assert makespan([4], [1, 3]) == 5
+    assert makespan([], [1, 3]) == 3
+
+
+def test_workers_follow_cores_threads_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert center(tmp_path).workers == 8
+    assert center(tmp_path, "trainer.num_threads=3").workers == 2
+    assert center(tmp_path, "trainer.num_threads=99").workers == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,GPU-0a")
+    assert visible_gpus() == ["3", "5", "GPU-0a"]
+    assert center(tmp_path, "trainer.accelerator=gpu").workers == 3
+    assert center(tmp_path, "trainer.accelerator=auto").cells[0].accelerator == "gpu"
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert visible_gpus() == []
+    assert center(tmp_path, "trainer.accelerator=auto").cells[0].accelerator == "cpu"
+
+
+def sweep_file(tmp_path: Path, body: str) -> Path:
+    head = (SWEEPS / "star_smoke.yaml").read_text().split("parameters:")[0]
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"{head}parameters:\n  experiment: {{value: star_smoke}}\n{body}")
+    return file
+
+
+def test_two_cells_with_one_run_id_are_refused(tmp_path: Path) -> None:
+    """They would write into one directory, each taking the other's records for its own."""
+    sweep = load_sweep(sweep_file(tmp_path, "  optim.lr: {values: [0.01, 0.02]}\n"))
+    with pytest.raises(SweepError, match=r"run id star_smoke-\S+; they differ in optim\.lr=0\.02, .* give each a tag"):
+        plan(sweep)
+
+
+def test_cells_in_two_places_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match="name and runs_dir must be the same"):
+        plan(load_sweep(sweep_file(tmp_path, "  name: {values: [a, b]}\n")))
+
+
+def test_a_cell_that_does_not_compose_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.yaml, cell experiment=star_smoke shape=33x1x8: width=33"):
+        plan(load_sweep(sweep_file(tmp_path, "  shape: {values: [32x1x8, 33x1x8]}\n")))
+
+
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_first_and_the_last_cell_of_a_shipped_sweep_plan(file: Path) -> None:
+    sweep = load_sweep(file)
+    made = plan(dataclasses.replace(sweep, cells=[sweep.cells[0], sweep.cells[-1]]))
+    assert made.name == file.stem  # so that sovit fit runs/NAME is what the file's comment says
+    assert f"sovit fit runs/{made.name}" in file.read_text() or f"sovit status runs/{made.name}" in file.read_text()
+    assert plan_table(made).row_count == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_cell_of_a_shipped_sweep_plans(file: Path) -> None:
+    sweep = load_sweep(file)
+    assert len({cell.run_id for cell in plan(sweep).cells}) == len(sweep.cells)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (1.05e6, "12 d 3 h")],
+)
+def test_a_duration_reads_like_one(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12, "12"), (999, "999"), (4210, "4.21K"), (999_999, "1M"), (26.1e6, "26.1M"), (1.6e12, "1.6e+12")],
+)
+def test_a_count_has_three_digits(value: float, text: str) -> None:
+    assert count_text(value) == text
+
+
+def states(tmp_path: Path, seconds: list[float]) -> list[CellState]:
+    [cell] = center(tmp_path).cells
+    return [CellState(dataclasses.replace(cell, seconds=value)) for value in seconds]
+
+
+def test_the_time_left_is_the_plans_before_anything_ran(tmp_path: Path) -> None:
+    assert time_left(states(tmp_path, [30.0, 20.0, 10.0]), 2, now=0.0) == 30.0
+
+
+def test_the_time_left_follows_the_pace_of_this_machine(tmp_path: Path) -> None:
+    """One cell took twice its 10 s; of another, resumed at step 50, 25 of 100 steps took 20 s where 10 s were expected."""
+    first, second, third = states(tmp_path, [10.0, 40.0, 30.0])
+    first.state, first.step, first.total_steps, first.first_step = "done", 100, 100, 0
+    first.started, first.ended = 100.0, 120.0
+    second.state, second.step, second.total_steps, second.first_step = "running", 75, 100, 50
+    second.started = 100.0
+    assert time_left([first, second, third], 2, now=120.0) == pytest.approx(60.0)  # the third: 30 s at half speed
+    assert time_left([first, second, third], 1, now=120.0) == pytest.approx(20.0 + 60.0)
