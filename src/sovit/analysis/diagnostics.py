@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import t as t_distribution
 
 from sovit.analysis.fit import MIN_POINTS, Array, LawFit, Noise, fit_law
-from sovit.analysis.intervals import Jackknife, RunFit, index_runs
+from sovit.analysis.intervals import Jackknife, RunFit, index_runs, studentized_runs
 from sovit.analysis.points import Point
 
 ALIGNED = 1.1  # points of one duration whose compute agrees to 10% form a slice as they are
@@ -218,10 +218,11 @@ class Late:
 
 @dataclass(frozen=True)
 class Outlier:
-    """A run without which s would be larger by ``shift``, more than its standard error."""
+    """A run far from what the others predict, ``t`` standard errors off; without it s moves by ``shift``."""
 
     run_id: str
     shift: float
+    t: float
 
 
 def size_along(name: str) -> Size:
@@ -299,11 +300,14 @@ def late_fits(name: str, used: Sequence[Point], whole: RunFit | str, weights: st
 
 
 def outliers(used: Sequence[Point], fit: RunFit, jackknife: Jackknife) -> tuple[Outlier, ...]:
-    """Runs whose removal moves log s by more than its standard error. ``used``: the points the jackknife had."""
-    s = fit.fit.law.exponent
+    """Runs that do not belong with the others at a family-wise 5%. ``used``: the points the fit and jackknife had."""
+    if fit.num_runs < 5:
+        return ()
+    values = studentized_runs(fit)
+    limit = float(t_distribution.ppf(1 - 0.025 / fit.num_runs, fit.num_runs - 4))
     runs = sorted({point.run_id for point in used})
     return tuple(
-        Outlier(run, without - s)
-        for run, without in zip(runs, jackknife.without, strict=True)
-        if abs(math.log(without / s)) > fit.log_se
+        Outlier(run, without - fit.fit.law.exponent, float(value))
+        for run, without, value in zip(runs, jackknife.without, values, strict=True)
+        if abs(value) > limit
     )

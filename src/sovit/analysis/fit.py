@@ -80,7 +80,7 @@ class LawFit:
     """A fitted law, in raw units.
 
     ``objective``: sum of squares of the whitened log residuals. ``residuals``: log measured - log fitted, one a point.
-    ``jacobian``: whitened derivative of the log law by (alpha, a, beta, b, xi, c, eps) in normalised units.
+    ``jacobian``: (n, 7) derivative of the log law by (alpha, a, beta, b, xi, c, eps) in normalised units.
     ``flags``: what is degenerate about the fit. ``start_objectives``: where each start ended, best first;
     ``converged``: share of the starts that ended at the best, to 0.1%; ``spread``: of those, largest minus smallest.
     """
@@ -312,16 +312,19 @@ def fit_law(
     ends.sort(key=lambda end: end[0])
     objective, theta, coefficients = ends[0]
     a, b, c = (float(value) for value in _expand(theta, exponent)[0])
-    alpha, beta, xi, eps = (float(value) for value in coefficients)
+    log_fit = problem.log_law(theta, coefficients)
+    jacobian = _full_jacobian(problem, np.array([a, b, c]), coefficients, log_fit)
+    # A term below 1e-9 of every error is rounding: it is 0, and flagged as such.
+    share = coefficients * jacobian[:, [0, 2, 4, 6]].max(0)
+    alpha, beta, xi, eps = (float(value) for value in np.where(share > 1e-9, coefficients, 0.0))
     law = Law(alpha * mean_x**a, a, beta * mean_x**-b * mean_t**c, b, xi * mean_t**c, c, eps)
     objectives = tuple(end[0] for end in ends)
     reached = [value for value in objectives if value <= objective * (1 + _SAME) + 1e-24 * len(x)]
-    log_fit = problem.log_law(theta, coefficients)
     return LawFit(
         law=law,
         objective=objective,
         residuals=problem.log_error - log_fit,
-        jacobian=_full_jacobian(problem, np.array([a, b, c]), coefficients, log_fit),
+        jacobian=jacobian,
         flags=_flags(law, x, t, error, exponent is None),
         start_objectives=objectives,
         converged=len(reached) / len(objectives),
@@ -345,7 +348,7 @@ def _full_jacobian(problem: _Problem, exponents: Array, coefficients: Array, log
             np.ones_like(size),
         )
     )
-    return problem.noise.whiten(columns * np.exp(-log_fit)[:, None])
+    return columns * np.exp(-log_fit)[:, None]
 
 
 def _flags(law: Law, x: Array, t: Array, error: Array, free: bool) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ leave a side open. The jackknife over runs is the check that does not rely on th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +19,13 @@ from scipy.optimize import brentq
 from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
-from sovit.analysis.fit import MAX_EXPONENT, NUM_PARAMETERS, Array, LawFit, Noise, fit_law
+from sovit.analysis.fit import BOX, MAX_EXPONENT, NUM_PARAMETERS, Array, LawFit, Noise, fit_law
 
 MIN_RUNS, MIN_SIZES = 5, 4
 _RATIOS = (0.0, *np.geomspace(0.1, 30.0, 20))  # tau / sigma
 _FAR_WORSE = 12.0  # of -2 log likelihood: larger ratios only fall further behind
 _WIDEST = math.log(10)  # a Wald half-width of log s beyond this factor is not quadratic any more
-_FARTHEST = math.log(100)  # the profile calls a side open if s can move by this factor
+_FARTHEST = math.log(100)  # how far the profile follows s before it calls a side open
 _ON_BOUND = ("alpha=0", "beta=0", "at its lower bound", "at its upper bound")
 
 
@@ -96,7 +95,7 @@ def fit_with_runs(
     noise = Noise(index, ratio, weights)
     fit = fit_law(x, t, error, noise=noise) if ratio else cold
     sigma = math.sqrt(fit.objective / (len(x) - NUM_PARAMETERS))
-    log_se = log_standard_error(fit, sigma)
+    log_se = log_standard_error(fit, noise, sigma)
     return RunFit(fit, noise, sigma, ratio * sigma, log_se, num_runs, len(np.unique(x)))
 
 
@@ -124,12 +123,12 @@ def exponent_interval(
 def _reml(fit: LawFit, noise: Noise) -> float:
     """-2 x the restricted log likelihood of tau / sigma, sigma profiled out, up to a constant (law linearised)."""
     free = len(fit.residuals) - NUM_PARAMETERS
-    singular = np.linalg.svd(fit.jacobian, compute_uv=False)
+    singular = np.linalg.svd(noise.whiten(fit.jacobian), compute_uv=False)
     singular = singular[singular > 1e-10 * singular[0]]
     return free * math.log(max(fit.objective, 1e-300)) + noise.log_det() + 2 * float(np.log(singular).sum())
 
 
-def log_standard_error(fit: LawFit, sigma: float) -> float:
+def log_standard_error(fit: LawFit, noise: Noise, sigma: float) -> float:
     """Delta-method standard error of log s = log c - log (a + b); inf where the data do not determine it.
 
     xi and eps count as free even when they sit at 0: conservative, for knowing both would halve the error.
@@ -138,11 +137,12 @@ def log_standard_error(fit: LawFit, sigma: float) -> float:
     gradient = np.zeros(NUM_PARAMETERS)
     gradient[[1, 3]] = -1 / (law.a + law.b)
     gradient[5] = 1 / law.c
-    norms = np.linalg.norm(fit.jacobian, axis=0)
+    jacobian = noise.whiten(fit.jacobian)
+    norms = np.linalg.norm(jacobian, axis=0)
     if np.any(norms[[1, 3, 5]] == 0):
         return math.inf
     norms[norms == 0] = 1.0
-    _, singular, rows = np.linalg.svd(fit.jacobian / norms, full_matrices=False)
+    _, singular, rows = np.linalg.svd(jacobian / norms, full_matrices=False)
     along = rows @ (gradient / norms)
     if singular[-1] <= 1e-12 * singular[0]:
         return math.inf
@@ -150,53 +150,38 @@ def log_standard_error(fit: LawFit, sigma: float) -> float:
 
 
 def profile_interval(x: Array, t: Array, error: Array, whole: RunFit, level: float) -> Interval:
-    """All s whose best law is not worse than the best of all by F(1, G - 3) of the residual variance."""
-    fit, noise = whole.fit, whole.noise
+    """All s whose best law is not worse than the best of all by F(1, G - 3) of the residual variance.
+
+    A side is open if no s up to 100 times as far is that bad, or if only the box of the exponents stops s there.
+    """
     sigma2 = max(whole.sigma**2, 1e-300)
     allowed = float(f_distribution.ppf(level, 1, whole.num_runs - 3))
-    centre = math.log(fit.law.exponent)
+    centre = math.log(whole.fit.law.exponent)
 
     def side(sign: int) -> float:
-        start: list[tuple[float, ...]] = [fit.exponents]
+        """log s at the end of the interval, or +-inf."""
+        nearest = whole.fit
 
         def excess(shift: float) -> float:
+            nonlocal nearest
             s = math.exp(centre + sign * shift)
-            warm = fit_law(x, t, error, noise=noise, exponent=s, starts=start)
-            cold = fit_law(x, t, error, noise=noise, exponent=s)
-            start[0] = min(warm, cold, key=lambda trial: trial.objective).exponents
-            return (min(warm.objective, cold.objective) - fit.objective) / sigma2 - allowed
+            warm = fit_law(x, t, error, noise=whole.noise, exponent=s, starts=[nearest.exponents])
+            cold = fit_law(x, t, error, noise=whole.noise, exponent=s)
+            nearest = min(warm, cold, key=lambda trial: trial.objective)
+            return (nearest.objective - whole.fit.objective) / sigma2 - allowed
 
-        return _first_crossing(excess, min(_FARTHEST, math.log(MAX_EXPONENT) - centre if sign > 0 else _FARTHEST))
+        inner, outer = 0.0, 0.1
+        farthest = min(_FARTHEST, math.log(MAX_EXPONENT) - centre) if sign > 0 else _FARTHEST
+        while excess(min(outer, farthest)) <= 0:
+            if outer >= farthest:
+                return sign * math.inf
+            inner, outer = outer, 1.6 * outer
+        excess(end := float(brentq(excess, inner, min(outer, farthest), xtol=1e-4)))
+        on_box = any(not 1.01 * BOX[0] < value < 0.99 * BOX[1] for value in nearest.exponents)
+        return sign * math.inf if on_box else centre + sign * end
 
-    below, above = side(-1), side(1)
-    return Interval(
-        fit.law.exponent,
-        0.0 if math.isinf(below) else math.exp(centre - below),
-        math.inf if math.isinf(above) else math.exp(centre + above),
-        "REML, profile likelihood, F(1, G-3)",
-    )
-
-
-def _first_crossing(excess: Callable[[float], float], farthest: float) -> float:
-    """Where ``excess`` first becomes positive, searching outwards in steps that grow; inf if nowhere up to ``farthest``."""
-    inner, outer = 0.0, min(0.1, farthest)
-    while True:
-        if excess(outer) > 0:
-            return float(brentq(excess, inner, outer, xtol=1e-3)) if inner else _bisect(excess, outer)
-        if outer >= farthest:
-            return math.inf
-        inner, outer = outer, min(outer * 1.6, farthest)
-
-
-def _bisect(excess: Callable[[float], float], outer: float) -> float:
-    """The crossing below a small positive step, where the excess at 0 is negative by construction."""
-    inner = 0.0
-    while outer - inner > 1e-3 * outer:
-        middle = (inner + outer) / 2
-        inner, outer = (inner, middle) if excess(middle) > 0 else (middle, outer)
-        if outer < 1e-9:
-            break
-    return outer
+    low, high = side(-1), side(1)
+    return Interval(whole.fit.law.exponent, math.exp(low), math.exp(high), "REML, profile likelihood, F(1, G-3)")
 
 
 @dataclass(frozen=True)
@@ -236,3 +221,40 @@ def jackknife_runs(
     half = float(t_distribution.ppf((1 + level) / 2, num_runs - 1)) * spread
     s = whole.fit.law.exponent
     return Jackknife(s * math.exp(-half), s * math.exp(half) if half < 700 else math.inf, half, tuple(without))
+
+
+def studentized_runs(whole: RunFit) -> Array:
+    """For each run, its mean log residual from the fit of the others over its standard error: t(G - 4) if it belongs.
+
+    The law is linearised at the whole fit, and tau / sigma is chosen again by REML without the run, as an outlier would
+    hide in an inflated tau. nan where too few points remain.
+    """
+    jacobian, residuals, run, scale = whole.fit.jacobian, whole.fit.residuals, whole.noise.run, whole.noise.scale
+    norms = np.linalg.norm(jacobian, axis=0)
+    jacobian = jacobian[:, norms > 0] / norms[norms > 0]
+    values = np.full(whole.num_runs, np.nan)
+    for one in range(whole.num_runs):
+        keep = run != one
+        if keep.sum() <= NUM_PARAMETERS:
+            continue
+        best = math.inf
+        for ratio in _RATIOS:
+            noise = Noise(index_runs(run[keep]), float(ratio), scale[keep])
+            left, singular, rows = np.linalg.svd(noise.whiten(jacobian[keep]), full_matrices=False)
+            left, singular, rows = _leading(left, singular, rows)
+            along = left.T @ noise.whiten(residuals[keep])
+            sigma2 = float(np.sum(noise.whiten(residuals[keep]) ** 2) - along @ along) / (keep.sum() - NUM_PARAMETERS)
+            sigma2 = max(sigma2, 1e-300)
+            criterion = (keep.sum() - NUM_PARAMETERS) * math.log(sigma2) + noise.log_det() + 2 * np.log(singular).sum()
+            if criterion < best:
+                best = float(criterion)
+                mean = rows @ jacobian[~keep].mean(0) / singular
+                expected = np.sum(scale[~keep] ** 2) / (~keep).sum() ** 2 + ratio**2 + mean @ mean
+                values[one] = (residuals[~keep].mean() - mean @ along) / math.sqrt(sigma2 * expected)
+    return values
+
+
+def _leading(left: Array, singular: Array, rows: Array) -> tuple[Array, Array, Array]:
+    """A singular value decomposition without the directions the data do not determine."""
+    keep = singular > 1e-10 * singular[0]
+    return left[:, keep], singular[keep], rows[keep]

@@ -166,7 +166,7 @@ def fit_star(
     if weights == "stderr" and any(point.stderr <= 0 for point in points):
         raise ValueError("weights='stderr' needs points with standard errors above 0; use weights='equal'.")
     middle = dimensions(center) if center is not None else find_center(points)
-    arm_of = {shape: _arm(shape, middle) for shape in {dimensions(point) for point in points}}
+    arm_of = {shape: _arm(shape, middle) for shape in sorted({dimensions(point) for point in points})}
     reasons = check.unusable(points)
     usable = [point for point in points if (point.run_id, point.duration) not in reasons]
     arms, by_seed = {}, {}
@@ -342,7 +342,9 @@ def _warnings(
             "the law does not hold over the whole range"
         )
     texts += [
-        f"without {row.run_id} s would move by {row.shift:+.2g}, more than its standard error" for row in outliers
+        f"{row.run_id} lies {abs(row.t):.2g} standard errors {'above' if row.t > 0 else 'below'} what the other runs "
+        f"predict; without it s would move by {row.shift:+.2g}"
+        for row in outliers
     ]
     if fit:
         texts += [f"error rises with compute in {run}" for run in check.rising_runs(points, fit.sigma)]
