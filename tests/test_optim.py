@@ -74,7 +74,7 @@ def vit(pool="avg", **changes):
 def named_groups(model, **changes):
     """(lr, weight_decay) -> names."""
     names = {id(p): name for name, p in model.named_parameters()}
-    arguments = {"lr": LR, "weight_decay": 0.05, "head_weight_decay": 5.0}
+    arguments = {"lr": LR, "weight_decay": 0.05, "head_weight_decay": 5.0, "base_depth": 1}
     groups = param_groups(model, **(arguments | changes))
     listed = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(listed) == sorted(names.values()), "every parameter exactly once"
@@ -101,10 +101,10 @@ def test_constant_rule_decays_kernels_and_nothing_else(pool):
 
 
 @pytest.mark.parametrize("pool", ["map", "avg", "token"])
-def test_fan_in_rule_scales_matrices_by_what_feeds_them(pool):
+def test_shape_rule_scales_matrices_by_what_feeds_them(pool):
     """Width 48 at base 24 halves the rate, MLP dimension 96 at base 32 takes a third; patches and vectors keep it."""
     model = vit(pool)
-    assert named_groups(model, lr_rule="fan_in", base_width=24, base_mlp_dim=32) == {
+    assert named_groups(model, lr_rule="by_shape", base_width=24, base_mlp_dim=32) == {
         (LR / 2, 0.05): present(KERNELS_FED_BY_WIDTH, model),
         (LR * 32 / 96, 0.05): present(KERNELS_FED_BY_MLP, model),
         (LR / 2, 5.0): HEAD_KERNEL,
@@ -113,29 +113,39 @@ def test_fan_in_rule_scales_matrices_by_what_feeds_them(pool):
     }
 
 
-def test_fan_in_rule_at_the_base_shape_is_the_constant_rule():
+def test_shape_rule_at_the_base_shape_is_the_constant_rule():
     model = vit("map")
-    assert named_groups(model, lr_rule="fan_in", base_width=48, base_mlp_dim=96) == named_groups(model)
+    assert named_groups(model, lr_rule="by_shape", base_width=48, base_mlp_dim=96) == named_groups(model)
 
 
-def test_fan_in_rule_tells_the_mlp_by_name_when_it_is_as_wide_as_the_model():
+def test_shape_rule_divides_the_blocks_by_the_root_of_the_depth():
+    """Depth 4 at base 1 halves the rate of the blocks' matrices; pooling head, classifier and vectors keep theirs."""
+    model = vit("map", depth=4)
+    groups = named_groups(model, lr_rule="by_shape", base_width=WIDTH, base_mlp_dim=MLP_DIM, base_depth=1)
+    halved = {name for name in groups[LR / 2, 0.05]}
+    assert halved == {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    assert {lr for lr, _ in groups} == {LR, LR / 2}
+    assert "attn_pool.kv.weight" in groups[LR, 0.05] and groups[LR, 5.0] == HEAD_KERNEL
+
+
+def test_shape_rule_tells_the_mlp_by_name_when_it_is_as_wide_as_the_model():
     model = vit(mlp_ratio=1)
-    groups = named_groups(model, lr_rule="fan_in", base_width=24, base_mlp_dim=96)
+    groups = named_groups(model, lr_rule="by_shape", base_width=24, base_mlp_dim=96)
     assert groups[2 * LR, 0.05] == {"blocks.0.mlp.fc2.weight"}
 
 
-def test_fan_in_rule_of_parallel_blocks():
+def test_shape_rule_of_parallel_blocks():
     model = vit(block_fn=ParallelScalingBlock, norm_layer=LayerNorm)
-    groups = named_groups(model, lr_rule="fan_in", base_width=24, base_mlp_dim=32)
+    groups = named_groups(model, lr_rule="by_shape", base_width=24, base_mlp_dim=32)
     assert groups[LR / 2, 0.05] == {"blocks.0.in_proj.weight", "blocks.0.attn_out_proj.weight"}
     assert groups[LR * 32 / 96, 0.05] == {"blocks.0.mlp_out_proj.weight"}
 
 
-def test_fan_in_rule_refuses_a_matrix_it_has_no_base_for():
+def test_shape_rule_refuses_a_matrix_it_has_no_base_for():
     model = vit()
     model.blocks[0].extra = nn.Linear(17, WIDTH)
     with pytest.raises(ValueError, match=r"blocks\.0\.extra with 17 inputs"):
-        param_groups(model, lr=LR, weight_decay=0.0, head_weight_decay=0.0, lr_rule="fan_in")
+        param_groups(model, lr=LR, weight_decay=0.0, head_weight_decay=0.0, lr_rule="by_shape")
 
 
 def test_unknown_names_are_refused():
@@ -163,7 +173,15 @@ def test_decay_alone_shrinks_kernels_by_the_stated_factor(name):
             parameter.normal_()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = build_optimizer(
-        model, name, lr=LR, weight_decay=0.5, head_weight_decay=5.0, lr_rule="fan_in", base_width=24, base_mlp_dim=32
+        model,
+        name,
+        lr=LR,
+        weight_decay=0.5,
+        head_weight_decay=5.0,
+        lr_rule="by_shape",
+        base_width=24,
+        base_depth=1,
+        base_mlp_dim=32,
     )
     scales = [0.25, 1.0, 0.5, 0.0]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scales[min(step, 3)])
@@ -309,7 +327,7 @@ def test_state_reloads_to_the_same_bits(name):
     """Two steps, save, load into a new optimiser, two more: equal to four in one go."""
 
     def build(model):
-        return build_optimizer(model, name, lr=LR, weight_decay=0.05, head_weight_decay=5.0, lr_rule="fan_in")
+        return build_optimizer(model, name, lr=LR, weight_decay=0.05, head_weight_decay=5.0, lr_rule="by_shape")
 
     def train(model, optimizer, steps):
         for step in steps:
@@ -341,7 +359,14 @@ class Regression(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimizer = build_optimizer(
-            self.model, self.name, lr=LR, weight_decay=0.05, head_weight_decay=5.0, lr_rule="fan_in", base_width=24
+            self.model,
+            self.name,
+            lr=LR,
+            weight_decay=0.05,
+            head_weight_decay=5.0,
+            lr_rule="by_shape",
+            base_width=24,
+            base_depth=1,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -68,8 +68,9 @@ class OptimConfig:
     name: str = "adamw"  # adamw | adafactor
     loss: str = "softmax"  # softmax | sigmoid
     lr: float = 1e-3
-    lr_rule: str = "constant"  # constant | fan_in
-    base_width: int = 64  # lr_rule=fan_in: the fan-ins whose matrices train at exactly `lr`
+    lr_rule: str = "constant"  # constant | by_shape
+    base_width: int = 64  # lr_rule=by_shape: the shape whose matrices train at exactly `lr`
+    base_depth: int = 4
     base_mlp_dim: int = 128
     beta1: float = 0.9
     beta2: float = 0.999
@@ -157,7 +158,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": ("fractals",),
     "optim.name": ("adamw", "adafactor"),
     "optim.loss": ("softmax", "sigmoid"),
-    "optim.lr_rule": ("constant", "fan_in"),
+    "optim.lr_rule": ("constant", "by_shape"),
     "schedule.kind": ("rsqrt", "constant", "cosine"),
     "eval.weights": ("ema", "cooled", "trunk"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
@@ -165,14 +166,32 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logger.mode": ("auto", "online", "offline"),
 }
 POSITIVE = (
-    "model.image_size", "model.channels", "data.num_classes", "data.num_heldout", "optim.lr", "optim.base_width",
-    "optim.base_mlp_dim", "schedule.timescale", "eval.num_draws", "eval.ema_horizon", "trainer.num_threads",
-    "trainer.global_batch_size", "trainer.log_every_n_steps", "trainer.checkpoint_every_s", "logger.init_timeout_s",
-)  # fmt: skip
+    "model.image_size",
+    "model.channels",
+    "data.num_classes",
+    "data.num_heldout",
+    "optim.lr",
+    "optim.base_width",
+    "optim.base_depth",
+    "optim.base_mlp_dim",
+    "schedule.timescale",
+    "eval.num_draws",
+    "eval.ema_horizon",
+    "trainer.num_threads",
+    "trainer.global_batch_size",
+    "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_s",
+    "logger.init_timeout_s",
+)
 NOT_NEGATIVE = (
-    "seed", "data.seed", "data.num_workers", "optim.weight_decay", "optim.head_weight_decay", "schedule.warmup_steps",
+    "seed",
+    "data.seed",
+    "data.num_workers",
+    "optim.weight_decay",
+    "optim.head_weight_decay",
+    "schedule.warmup_steps",
     "schedule.cooldown",
-)  # fmt: skip
+)
 EVAL_DATASETS = ("fractals", "digits")
 
 

@@ -8,12 +8,13 @@ wd is written relative to the learning rate: SoViT's 0.03 x 8e-4 (Table 5) is we
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import nn
 
-LrRule = Literal["constant", "fan_in"]
+LrRule = Literal["constant", "by_shape"]
 
 # timm's names for the matrices fed by the MLP's hidden layer: serial blocks, parallel blocks.
 _FED_BY_MLP = ("fc2", "mlp_out_proj")
@@ -27,6 +28,7 @@ def param_groups(
     head_weight_decay: float,
     lr_rule: LrRule = "constant",
     base_width: int = 64,
+    base_depth: int = 4,
     base_mlp_dim: int = 128,
 ) -> list[dict]:
     """Split a timm VisionTransformer's trainable parameters into few groups, one per (lr, weight_decay).
@@ -35,19 +37,21 @@ def param_groups(
     ``head_weight_decay`` (published: 100 times the body's), all others with ``weight_decay``. Biases, norms, positions,
     class token and the probe of the attention pooling are not.
 
-    lr_rule ``fan_in`` multiplies the learning rate of a matrix by base / fan_in: base_width / width where the width
+    lr_rule ``by_shape`` multiplies the learning rate of a matrix by base / fan_in: base_width / width where the width
     feeds it (the classifier too), base_mlp_dim / mlp_dim where the MLP's hidden layer feeds it. A step of an optimiser
     of Adam's kind moves every weight by about lr whatever the gradient's size, so the change of an output grows with
-    the number of inputs; dividing by it lets one lr, tuned at the base shape, serve every width and MLP dimension of a
-    sweep ("Tensor Programs V", arXiv 2203.03466). The patch embedding, whose fan-in no sweep varies, and all vectors and
-    embeddings keep lr. As decay is relative to a group's lr, a matrix's decay shrinks along with it.
+    the number of inputs ("Tensor Programs V", arXiv 2203.03466). The matrices of the blocks are further multiplied by
+    sqrt(base_depth / depth), as the changes of all blocks add up ("Tensor Programs VI", arXiv 2310.02244). So one lr,
+    tuned at the base shape, serves every shape of a sweep. The patch embedding, whose fan-in no sweep varies, and all
+    vectors and embeddings keep lr. As decay is relative to a group's lr, a matrix's decay shrinks along with it.
 
-    Raises ValueError for an unknown rule, and under ``fan_in`` for a matrix that is fed by neither.
+    Raises ValueError for an unknown rule, and under ``by_shape`` for a matrix that is fed by neither.
     """
-    if lr_rule not in ("constant", "fan_in"):
-        raise ValueError(f"lr_rule={lr_rule!r} is unknown; use constant or fan_in.")
+    if lr_rule not in ("constant", "by_shape"):
+        raise ValueError(f"lr_rule={lr_rule!r} is unknown; use constant or by_shape.")
     head = model.get_classifier()  # type: ignore[operator]
     width: int = model.embed_dim  # type: ignore[assignment]
+    depth = len(model.blocks)  # type: ignore[arg-type]
 
     groups: dict[tuple[float, float], dict] = {}
     seen: set[int] = set()
@@ -59,16 +63,18 @@ def param_groups(
             group_lr, decay = lr, 0.0
             if name == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
                 decay = head_weight_decay if module is head else weight_decay
-            if name == "weight" and isinstance(module, nn.Linear) and lr_rule == "fan_in":
+            if name == "weight" and isinstance(module, nn.Linear) and lr_rule == "by_shape":
                 if module_name.rpartition(".")[2] in _FED_BY_MLP:
                     group_lr = lr * base_mlp_dim / module.in_features
                 elif module.in_features == width:
                     group_lr = lr * base_width / width
                 else:
                     raise ValueError(
-                        f"lr_rule fan_in does not know {module_name} with {module.in_features} inputs "
+                        f"lr_rule by_shape does not know {module_name} with {module.in_features} inputs "
                         f"in a model of width {width}; use lr_rule constant."
                     )
+                if module_name.startswith("blocks."):
+                    group_lr *= math.sqrt(base_depth / depth)
             group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
             group["params"].append(parameter)
     return list(groups.values())
@@ -83,6 +89,7 @@ def build_optimizer(
     head_weight_decay: float,
     lr_rule: LrRule = "constant",
     base_width: int = 64,
+    base_depth: int = 4,
     base_mlp_dim: int = 128,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -105,6 +112,7 @@ def build_optimizer(
         head_weight_decay=head_weight_decay,
         lr_rule=lr_rule,
         base_width=base_width,
+        base_depth=base_depth,
         base_mlp_dim=base_mlp_dim,
     )
     if name == "adamw":

@@ -235,6 +235,7 @@ def build_module(cfg: RunConfig, segment: schedule.Segment) -> LitClassifier:
         head_weight_decay=optim.head_weight_decay,
         lr_rule=optim.lr_rule,  # type: ignore[arg-type]
         base_width=optim.base_width,
+        base_depth=optim.base_depth,
         base_mlp_dim=optim.base_mlp_dim,
         beta1=optim.beta1,
         beta2=optim.beta2,
