@@ -126,6 +126,8 @@ def test_shape_rule_divides_the_blocks_by_the_root_of_the_depth():
     assert halved == {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
     assert {lr for lr, _ in groups} == {LR, LR / 2}
     assert "attn_pool.kv.weight" in groups[LR, 0.05] and groups[LR, 5.0] == HEAD_KERNEL
+    shallow = named_groups(model, lr_rule="by_shape", base_width=WIDTH, base_mlp_dim=MLP_DIM, base_depth=9)
+    assert {lr for lr, _ in shallow} == {LR}, "no higher rate for models shallower than the base"
 
 
 def test_shape_rule_tells_the_mlp_by_name_when_it_is_as_wide_as_the_model():

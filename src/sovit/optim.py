@@ -40,9 +40,10 @@ def param_groups(
     lr_rule ``by_shape`` multiplies the learning rate of a matrix by base / fan_in: base_width / width where the width
     feeds it (the classifier too), base_mlp_dim / mlp_dim where the MLP's hidden layer feeds it. A step of an optimiser
     of Adam's kind moves every weight by about lr whatever the gradient's size, so the change of an output grows with
-    the number of inputs ("Tensor Programs V", arXiv 2203.03466). The matrices of the blocks are further multiplied by
-    sqrt(base_depth / depth), as the changes of all blocks add up ("Tensor Programs VI", arXiv 2310.02244). So one lr,
-    tuned at the base shape, serves every shape of a sweep. The patch embedding, whose fan-in no sweep varies, and all
+    the number of inputs ("Tensor Programs V", arXiv 2203.03466). In models deeper than base_depth the matrices of the
+    blocks are further multiplied by sqrt(base_depth / depth), as the changes of all blocks add up ("Tensor Programs VI",
+    arXiv 2310.02244); shallower ones gain nothing from a higher rate. So one lr, tuned at the base shape, serves every
+    shape of a sweep. The patch embedding, whose fan-in no sweep varies, and all
     vectors and embeddings keep lr. As decay is relative to a group's lr, a matrix's decay shrinks along with it.
 
     Raises ValueError for an unknown rule, and under ``by_shape`` for a matrix that is fed by neither.
@@ -74,7 +75,7 @@ def param_groups(
                         f"in a model of width {width}; use lr_rule constant."
                     )
                 if module_name.startswith("blocks."):
-                    group_lr *= math.sqrt(base_depth / depth)
+                    group_lr *= math.sqrt(min(1.0, base_depth / depth))
             group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
             group["params"].append(parameter)
     return list(groups.values())
