@@ -171,8 +171,12 @@ def test_cells_die_with_a_runner_that_is_killed(tmp_path: Path) -> None:
     servers = {int(Path(f"/proc/{cell}/stat").read_text().rsplit(")", 1)[1].split()[1]) for cell in cells}
     assert len(servers) == 1 and process.pid not in servers
     process.kill()
-    process.communicate(timeout=60)
-    assert wait_until(lambda: not any(map(alive, [*cells, *servers])))
+    try:
+        assert wait_until(lambda: not any(map(alive, [*cells, *servers])), seconds=20)
+    finally:
+        for cell in filter(alive, cells):
+            os.kill(cell, signal.SIGKILL)
+        process.communicate(timeout=60)
 
 
 def test_a_cell_stopped_by_somebody_else_goes_on(tmp_path: Path) -> None:
