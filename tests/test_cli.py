@@ -179,6 +179,16 @@ def test_fit_writes_the_fit_of_a_star_and_its_report(tmp_path: Path, capsys: pyt
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"fit.json", "fit.png", "report.html"}
     assert "10-shot error on fractals" in capsys.readouterr().out
 
+    again = ["fit", str(tmp_path / "made_up"), "--out", str(tmp_path / "out")]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert main(again) == 0
+    assert "Nothing has changed since the last fit" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    (tmp_path / "made_up" / "exclusions.csv").write_text(f"run_id,reason\n{fit['points'][0]['run_id']},made up\n")
+    assert main(again) == 0
+    assert "Nothing has changed" not in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "fit.json").read_text())["excluded"]) == 1
+
 
 def test_fit_tells_a_grid_from_a_star(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for width in (16, 32, 64):

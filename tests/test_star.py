@@ -356,6 +356,20 @@ def test_unfinished_and_excluded_runs_are_listed_with_their_reason(tmp_path):
     }
 
 
+def test_runs_of_two_recipes_are_not_fitted_together(tmp_path):
+    """An exponent from cells at two learning rates would be part learning rate; seeds and loggers may differ."""
+    shapes = [(16, 4, 128), (32, 4, 128), (64, 4, 128)]
+    for k, shape in enumerate(shapes):
+        path = write_run(tmp_path, shape) / "run.json"
+        config = {"seed": k, "logger": {"name": str(k)}, "optim": {"lr": 0.005}, "model": {"width": shape[0]}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
+    assert load_points(tmp_path, "fractals", 10)[0]
+    config["optim"]["lr"] = 0.01
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
+    with pytest.raises(ValueError, match="mixes runs that differ in optim.lr"):
+        load_points(tmp_path, "fractals", 10)
+
+
 def test_records_that_cannot_be_trusted_are_refused_in_words(tmp_path):
     shapes = list(TINY)
     with pytest.raises(ValueError, match="is not a directory"):

@@ -82,8 +82,8 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
     """Points of every finished run of ``runs/<name>`` on one data set at one number of shots, by run id and compute.
 
     Raises ValueError if there is no such directory, a finished run's records cannot be read, ``exclusions.csv`` is
-    malformed or names an unknown run, the runs were evaluated with different weights, or no finished run holds the
-    data set at that number of shots.
+    malformed or names an unknown run, the runs were trained by different recipes or evaluated with different weights,
+    or no finished run holds the data set at that number of shots.
     """
     sweep_dir = Path(sweep_dir)
     if not sweep_dir.is_dir():
@@ -94,9 +94,11 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
     exclusions: list[Exclusion] = []
     available: set[tuple[str, int]] = set()
     weights: dict[str, str] = {}
+    recipes: dict[str, dict[str, Any]] = {}
     for run_dir in run_dirs:
         reason = left_out.get(run_dir.name) or _not_done(run_dir)
         if reason is None:
+            recipes[run_dir.name] = _recipe((records.read_run(run_dir) or {}).get("config", {}))
             rows = [row for row in _read_rows(run_dir / records.EVALS) if row["step"] > 0]
             available |= {(row["dataset"], row["shots"]) for row in rows}
             rows = [row for row in rows if row["dataset"] == dataset and row["shots"] == shots]
@@ -108,10 +110,40 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
     if len(weights) > 1:
         found = ", ".join(f"{kind} ({run})" for kind, run in sorted(weights.items()))
         raise ValueError(f"{sweep_dir} mixes evaluated weights: {found}; exclude the runs of one kind in {EXCLUSIONS}.")
+    _check_recipes(sweep_dir, recipes)
     if available and not points:
         known = ", ".join(f"{name} at {count}" for name, count in sorted(available))
         raise ValueError(f"{sweep_dir} holds no evaluation of {dataset} at {shots} shots; it has {known}.")
     return points, exclusions
+
+
+# What the runs of one sweep may differ in: the shape, the seed, and what changes no number.
+_FREE = ("shape", "seed", "runs_dir", "logger.", "model.width", "model.depth", "model.mlp_dim", "model.num_heads")
+_FREE += ("model.head_dim", "data.num_workers", "trainer.log_", "trainer.checkpoint_", "trainer.keep_")
+
+
+def _recipe(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a run's configuration that all runs of a fit must share."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        dotted = prefix + key
+        if isinstance(value, Mapping):
+            flat |= _recipe(value, f"{dotted}.")
+        elif not dotted.startswith(_FREE):
+            flat[dotted] = value
+    return flat
+
+
+def _check_recipes(sweep_dir: Path, recipes: Mapping[str, Mapping[str, Any]]) -> None:
+    """An exponent from runs of several recipes would mix the effect of the shape with that of the recipe."""
+    for run, recipe in recipes.items():
+        first_run, first = next(iter(recipes.items()))
+        different = [key for key in {**first, **recipe} if first.get(key) != recipe.get(key) and key != "tag"]
+        if different:
+            raise ValueError(
+                f"{sweep_dir} mixes runs that differ in {', '.join(different)} ({first_run} and {run}); "
+                f"keep one kind and exclude the others in {EXCLUSIONS}."
+            )
 
 
 def _read_exclusions(path: Path, run_ids: set[str]) -> dict[str, str]:
