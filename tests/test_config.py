@@ -41,6 +41,15 @@ from sovit.shape import Shape
         ("durations.first=3 parsecs", "parsecs"),
         ("schedule.kind=cosine", "cosine"),
         ("~trainer.max_steps", "trainer.max_steps"),
+        ("~optim", "~optim"),
+        ("optim.beta2=1.5", "optim.beta2=1.5"),
+        ("data.rotation=5", "data.rotation=5"),
+        ("model.image_size=288", "model.image_size=288"),
+        ("model.drop_path_rate=2", "model.drop_path_rate=2"),
+        ("trainer.precision=bf16-mixd", "'bf16-mixed'"),
+        ("eval.shots=[10,10]", "eval.shots=[10, 10]"),
+        ("eval.datasets=[]", "eval.datasets=[]"),
+        ("seed=8388608", "seed=8388608"),
         ("model.head_dim=4", "model.num_heads=4"),
     ],
 )
@@ -50,6 +59,18 @@ def test_a_bad_override_gets_one_sentence_that_names_the_mend(override: str, nam
     message = str(caught.value)
     assert names in message
     assert "\n" not in message and message.endswith((".", "?"))
+
+
+def test_what_only_shows_when_a_run_is_built_is_refused_before() -> None:
+    """A cell that composes is a cell that starts: positions that do not fit the width, a cooldown longer than the run."""
+    with pytest.raises(ConfigError, match="width"):
+        compose(["model.pos_embed=sincos2d", "shape=6x1x8", "model.num_heads=2"])
+    with pytest.raises(ConfigError, match="longer than the duration of 50 steps"):
+        compose(["experiment=star", "trainer.max_steps=50"])
+
+
+def test_a_whole_number_is_a_ridge_value() -> None:
+    assert compose(["eval.l2_reg=1024"]).eval.l2_reg == 1024.0
 
 
 def test_seed_zero_is_a_seed() -> None:
@@ -116,6 +137,13 @@ def test_help_and_cfg_do_not_import_torch(flags: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("LIGHT")
     assert "star_tiny" in done.stdout
+
+
+def test_multirun_is_refused_with_the_way_to_do_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sovit.train", "-m", "seed=0,1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "sovit run FILE" in done.stderr
 
 
 def test_the_command_line_refuses_with_exit_code_2_and_no_traceback() -> None:

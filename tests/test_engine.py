@@ -229,6 +229,73 @@ def test_records_say_what_was_trained(tmp_path: Path) -> None:
     assert not list(records.run_dir(cfg).glob("*.ckpt"))
 
 
+@pytest.mark.parametrize("weights", ["ema", "cooled"])
+def test_images_per_second_count_the_steps_of_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], None], weights: str
+) -> None:
+    """With a clock of one second a segment, the rate is images / segments, for branches and after a resume too."""
+    plan = schedule.segments([8, 16, 24], weights, 0.25)  # type: ignore[arg-type]
+    cfg = small(tmp_path / "a", f"eval.weights={weights}", "schedule.cooldown=0.25")
+    trained: list[int] = []
+    original = engine._fit
+
+    def spy(*args: Any, **kwargs: Any) -> int:
+        trained.append(original(*args, **kwargs))
+        return trained[-1]
+
+    monkeypatch.setattr(engine, "_fit", spy)
+    engine.run(cfg)
+    assert trained == [segment.stop - segment.start for segment in plan]
+    trained.clear()
+    resumed = small(tmp_path / "b", f"eval.weights={weights}", "schedule.cooldown=0.25")
+    with monkeypatch.context() as patch:
+        stop_at(5)
+        engine.run(resumed)
+        patch.undo()
+    monkeypatch.undo()
+    monkeypatch.setattr(engine, "_fit", spy)
+    assert engine.run(resumed) == engine.OK
+    assert sum(trained) == schedule.steps_trained(plan) - 5
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], None]
+) -> None:
+    """Even when run.json is gone: a resume at another learning rate would pass for a run at the new one."""
+    cfg = small(tmp_path)
+    stop_at(5)
+    engine.run(cfg)
+    monkeypatch.undo()
+    (records.run_dir(cfg) / records.RUN).unlink()
+    changed = small(tmp_path, "optim.lr=0.001")
+    with pytest.raises(ConfigError, match="belongs to another configuration"):
+        engine.run(changed)
+
+
+def test_wall_time_adds_up_over_kills(tmp_path: Path) -> None:
+    """A process killed outright leaves its time in progress.json; the next one counts on from there."""
+    cfg = small(tmp_path)
+    directory = records.run_dir(cfg)
+    directory.mkdir(parents=True)
+    records.write_json(
+        directory / records.PROGRESS, {"step": 1, "total_steps": 24, "images_per_s": 1, "wall_s": 1000.0}
+    )
+    engine.run(cfg)
+    record = records.read_run(directory)
+    assert record and 1000 < record["wall_s"] < 1100
+
+
+def test_lightnings_own_look_at_sigterm_is_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_it(*args: Any, **kwargs: Any) -> None:
+        raise engine.SIGTERMException
+
+    cfg = small(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.LitClassifier, "training_step", raise_it)
+        assert engine.run(cfg) == engine.STOPPED
+    assert engine.run(cfg) == engine.OK
+
+
 def test_a_done_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = small(tmp_path)
     engine.run(cfg)
@@ -296,6 +363,24 @@ def test_wandb_that_cannot_start_does_not_stop_a_run(
     cfg = small(tmp_path, "logger=wandb")
     assert engine.run(cfg) == engine.OK
     assert "no route to host" in capsys.readouterr().out
+
+
+def test_wandb_that_fails_in_the_middle_does_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch.loggers import WandbLogger
+
+    from sovit.lit.loggers import MetricsFile, QuietWandb
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("the service went away")
+
+    monkeypatch.setattr(WandbLogger, "log_metrics", fail)
+    monkeypatch.setattr(QuietWandb, "__init__", lambda self: setattr(self, "_experiment", None))
+    monkeypatch.setattr(engine, "finish", lambda *_: None)
+    monkeypatch.setattr(engine, "make_loggers", lambda cfg, directory: [MetricsFile(directory), QuietWandb()])
+    assert engine.run(small(tmp_path)) == engine.OK
+    assert capsys.readouterr().out.count("the service went away") == 1
 
 
 def test_sigmoid_loss_is_the_sum_over_classes_mean_over_batch() -> None:

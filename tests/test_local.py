@@ -17,7 +17,7 @@ from sovit.launch.sweep import SweepError
 
 
 def runner(root: Path, workers: int, **deeds: str) -> "subprocess.Popen[str]":
-    """A runner in a process of its own, in a session of its own."""
+    """A runner in a process of its own, in a process group of its own."""
     arguments = [sys.executable, fake_cells.__file__, str(root), str(workers), *(f"{k}={v}" for k, v in deeds.items())]
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -366,7 +366,7 @@ def test_runs_of_two_recipes_are_not_fitted_together(tmp_path):
     assert load_points(tmp_path, "fractals", 10)[0]
     config["optim"]["lr"] = 0.01
     path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
-    with pytest.raises(ValueError, match="mixes runs that differ in optim.lr"):
+    with pytest.raises(ValueError, match=r"mixes runs that differ in optim\.lr"):
         load_points(tmp_path, "fractals", 10)
 
 

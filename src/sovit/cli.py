@@ -87,12 +87,13 @@ def _shape(arguments: argparse.Namespace) -> int:
     from sovit.flops import forward_flops, num_params
     from sovit.shape import NAMED, parse_shape
 
-    named = arguments.shape.strip().partition("/")[0] in NAMED
+    name, slash, _ = arguments.shape.strip().partition("/")
+    says_patch = slash or name in NAMED
     shape = parse_shape(
         arguments.shape,
         num_heads=arguments.heads,
         head_dim=arguments.head_dim,
-        patch_size=arguments.patch or (None if named else 14),
+        patch_size=14 if arguments.patch is None and not says_patch else arguments.patch,
     )
     geometry = {"channels": arguments.channels, "pool": arguments.pool, "num_classes": arguments.classes}
     params = num_params(shape, arguments.image_size, **geometry)
@@ -220,7 +221,8 @@ def _fit_inputs(directory: Path, dataset: str, shots: int) -> str:
 
     from sovit import records
 
-    digest = hashlib.sha256(f"{dataset} {shots} {records.code_version()}".encode())
+    code = sorted(Path(__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(f"{dataset} {shots} {[path.read_text() for path in code]}".encode())
     files = [*directory.glob(f"*/{records.RUN}"), *directory.glob(f"*/{records.EVALS}"), directory / "exclusions.csv"]
     for path in sorted(file for file in files if file.is_file()):
         digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())

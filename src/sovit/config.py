@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sovit import duration
-from sovit.flops import forward_gflops
+from sovit.flops import check_pos_embed, forward_gflops
+from sovit.schedule import segments
 from sovit.shape import NAMED, Shape, num_patches, parse_shape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -162,6 +163,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.kind": ("rsqrt", "constant", "cosine"),
     "eval.weights": ("ema", "cooled", "trunk"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
     "logger.name": ("wandb", "none"),
     "logger.mode": ("auto", "online", "offline"),
 }
@@ -184,7 +186,6 @@ POSITIVE = (
     "logger.init_timeout_s",
 )
 NOT_NEGATIVE = (
-    "seed",
     "data.seed",
     "data.num_workers",
     "optim.weight_decay",
@@ -192,6 +193,14 @@ NOT_NEGATIVE = (
     "schedule.warmup_steps",
     "schedule.cooldown",
 )
+RANGES: dict[str, tuple[float, float]] = {  # from, up to but without
+    "seed": (0, 2**23),  # a stream of images each
+    "data.rotation": (0, 4),
+    "model.image_size": (1, 257),  # of the embedded images
+    "model.drop_path_rate": (0, 1),
+    "optim.beta1": (0, 1),
+    "optim.beta2": (0, 1),
+}
 EVAL_DATASETS = ("fractals", "digits")
 
 
@@ -243,6 +252,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
         key = override.key_or_group
         if key.split(".")[0].split("/")[0] == "hydra":
             continue
+        if override.is_delete():
+            raise ConfigError(f"~{key} would remove a key that every run needs; set it to a value instead.")
         if key in groups:
             value = override.value()
             known_node = dataclasses.is_dataclass(typing.get_type_hints(RunConfig).get(key, None))
@@ -252,8 +263,6 @@ def check_overrides(overrides: Sequence[str]) -> None:
                 continue
         if key not in keys:
             raise ConfigError(f"{key!r} is not a key of the configuration{nearest(key, [*keys, *groups])}")
-        if override.is_delete():
-            raise ConfigError(f"~{key} would remove a key that every run needs; set it to a value instead.")
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -287,6 +296,9 @@ def resolve(composed: Any) -> RunConfig:
         for key in _leaves(container):
             if key not in keys:
                 raise ConfigError(f"{key!r} is not a key of the configuration{nearest(key, keys)}")
+        l2_reg = container.get("eval", {}).get("l2_reg")
+        if isinstance(l2_reg, int):  # a Union of float and str takes no int
+            container["eval"]["l2_reg"] = float(l2_reg)
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), container))
     except OmegaConfBaseException as error:
         raise ConfigError(one_sentence(error)) from None
@@ -322,13 +334,19 @@ def check(cfg: RunConfig) -> None:
     for key in NOT_NEGATIVE:
         if not values[key] >= 0:
             raise ConfigError(f"{key}={values[key]} must not be negative.")
+    for key, (low, high) in RANGES.items():
+        if not low <= values[key] < high:
+            raise ConfigError(f"{key}={values[key]} must be at least {low} and below {high}.")
+    for key in ("eval.datasets", "eval.shots"):
+        if not values[key] or len(set(values[key])) < len(values[key]):
+            raise ConfigError(f"{key}={values[key]} must name at least one, and none twice.")
     for key in ("name", "tag"):
         if not re.fullmatch(r"[A-Za-z0-9_.+]*", values[key]) or (key == "name" and not values[key]):
             raise ConfigError(f"{key}={values[key]!r} becomes part of a file name; use letters, digits, '_', '.', '+'.")
     for dataset in cfg.eval.datasets:
         if dataset not in EVAL_DATASETS:
             raise ConfigError(f"eval.datasets: {dataset!r} is not known{nearest(dataset, EVAL_DATASETS)}")
-    if not cfg.eval.shots or min(cfg.eval.shots) < 1:
+    if min(cfg.eval.shots) < 1:
         raise ConfigError(f"eval.shots={cfg.eval.shots} needs whole numbers of at least 1.")
     if isinstance(cfg.eval.l2_reg, str) and cfg.eval.l2_reg != "loo":
         raise ConfigError(f"eval.l2_reg={cfg.eval.l2_reg!r} is neither a number nor 'loo'.")
@@ -339,13 +357,16 @@ def check(cfg: RunConfig) -> None:
     if cfg.optim.clip_norm is not None and not cfg.optim.clip_norm > 0:
         raise ConfigError(f"optim.clip_norm={cfg.optim.clip_norm} must be positive, or null to switch clipping off.")
     try:
-        num_patches(cfg.model.image_size, shape_of(cfg).patch_size)
-        num_durations = len(eval_steps(cfg))
+        shape = shape_of(cfg)
+        num_patches(cfg.model.image_size, shape.patch_size)
+        check_pos_embed(cfg.model.pos_embed, shape.width)
+        steps = list(eval_steps(cfg))
+        segments(steps, cfg.eval.weights, cfg.schedule.cooldown)  # type: ignore[arg-type]
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if cfg.schedule.kind == "cosine" and num_durations > 1:
+    if cfg.schedule.kind == "cosine" and len(steps) > 1:
         raise ConfigError("schedule.kind=cosine bends towards one duration; for several use rsqrt or constant.")
 
 

@@ -1,7 +1,7 @@
 """The files of a run: where they are, how they are written, and how they are read back.
 
 ``run.json`` is the one record of the run and, once its status is ``done``, the success marker. ``evals.jsonl`` and
-``metrics.jsonl`` only grow; a resume cuts them back to the lengths its checkpoint remembers. Standard library only.
+``metrics.jsonl`` only grow; a resume cuts them back to the lengths its checkpoint remembers. Loads no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,10 +148,14 @@ def lock(directory: Path) -> Iterator[None]:
     """Hold the run for this process; the kernel lets go when the process dies, however it dies. Raises Locked."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Locked(f"{directory.name} is being run by another process.") from None
+        for wait in (0.05, 0.1, 0.2, 0.0):  # whoever asks for the state of a run holds the lock for an instant
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise Locked(f"{directory.name} is being run by another process.") from None
+                time.sleep(wait)
         yield
 
 

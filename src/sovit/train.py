@@ -32,6 +32,10 @@ def _refuse(error: ConfigError) -> None:
 
 
 def main() -> None:
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        _refuse(
+            ConfigError("Hydra's multirun cannot resume; write the cells into a sweep file and use `sovit run FILE`.")
+        )
     if not any(argument.startswith("-") for argument in sys.argv[1:]):
         try:
             check_overrides(sys.argv[1:])

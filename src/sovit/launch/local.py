@@ -188,9 +188,9 @@ def _die_with(sentinel: int) -> None:
 def _judge(state: CellState, exitcode: int, stopping: bool) -> tuple[str, str]:
     """(state, reason) of a cell whose process ended."""
     verdict = VERDICTS.get(exitcode, DIED)
-    if stopping and verdict == DIED:
-        return STOPPED, ""  # the signal came before the cell could handle it
     on_disk, reason = state_on_disk(state.cell.run_dir)
+    if stopping and (verdict == DIED or (verdict == DONE and on_disk != DONE)):
+        return STOPPED, ""  # the signal came before the cell could handle it
     if verdict == DONE and on_disk != DONE:
         return DIED, "ended without a verdict; see log.txt"
     if verdict == BUSY:
@@ -210,7 +210,7 @@ def _last_line(log: Path) -> str:
 
 def _verdict(plan: Plan, states: list[CellState], received: list[int]) -> int:
     """Say what is left and how to go on; the exit code of the runner."""
-    left = {name: sum(state.state == name for state in states) for name in (FAILED, DIVERGED, DIED, BUSY)}
+    left = {name: sum(state.state == name for state in states) for name in (FAILED, DIVERGED, DIED, BUSY, STOPPED)}
     if received:
         done = sum(state.state == DONE for state in states)
         print(f"{plan.name}: stopped, {done} of {len(states)} cells are done; the same command goes on from there.")
@@ -225,9 +225,11 @@ def _verdict(plan: Plan, states: list[CellState], received: list[int]) -> int:
             f"{plan.name}: {left[DIED]} of {len(states)} cells died twice without a verdict; the same command goes on "
             "with them, with fewer --workers if memory is short."
         )
+    if left[STOPPED]:
+        print(f"{plan.name}: {left[STOPPED]} of {len(states)} cells were stopped; the same command goes on with them.")
     if left[BUSY]:
         print(f"{plan.name}: {left[BUSY]} of {len(states)} cells are run by another process.")
-    if any(left.values()):
+    if any(state.state != DONE for state in states):
         return 1
     print(f"{plan.name}: all {len(states)} cells are done. Next: sovit fit {plan.runs_dir / plan.name}")
     return 0

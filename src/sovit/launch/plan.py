@@ -202,7 +202,8 @@ def default_workers(cells: Sequence[Cell]) -> int:
     """One worker a GPU, or as many as have ``num_threads`` cores each."""
     if cells[0].accelerator == "gpu":
         return max(1, len(visible_gpus()))
-    return max(1, len(os.sched_getaffinity(0)) // max(cell.num_threads for cell in cells))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    return max(1, cores // max(cell.num_threads for cell in cells))
 
 
 def _check_unique(sweep: Sweep, cells: Sequence[Cell]) -> None:

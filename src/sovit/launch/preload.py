@@ -6,6 +6,7 @@ OpenMP before anything is loaded; a cell raises the number itself (trainer.num_t
 """
 
 # ruff: noqa: F401
+import contextlib
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,11 +14,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hydra
 import sklearn.datasets
 import timm
-import wandb
 
 import sovit.launch.local
 import sovit.lit.engine
 from sovit.data.fractals import FractalWorld, render
+
+with contextlib.suppress(ImportError):
+    import wandb
 
 # The tables of the default world; a cell with another one makes its own.
 render(FractalWorld(), [0], "train")

@@ -167,7 +167,7 @@ def _render(path: Path, key: str, value: Any) -> str:
 
 
 def _product(axes: dict[str, list[str]]) -> Iterator[list[str]]:
-    """All cells, the file's order of keys kept within a cell; the seed varies slowest, so whole stars finish first."""
+    """All cells, the file's order of keys kept within a cell; the seed varies slowest."""
     slowest_first = sorted(axes, key=lambda key: key != "seed")
     for combination in itertools.product(*(axes[key] for key in slowest_first)):
         chosen = dict(zip(slowest_first, combination, strict=True))

@@ -65,11 +65,15 @@ class Ema(pl.Callback):
 class Log(pl.Callback):
     """Training metrics every n steps, progress about once a second, and an end to runs that diverge.
 
-    ``done`` steps were trained before this segment, ``total`` are in all segments together.
+    ``done`` + the trainer's step counts the steps of all segments, ``total`` is where that ends; the run's wall time
+    counts from ``clock_zero``.
     """
 
-    def __init__(self, directory: Path, *, every: int, done: int, total: int, batch_size: int) -> None:
-        self.directory, self.every, self.done, self.total, self.batch_size = directory, every, done, total, batch_size
+    def __init__(
+        self, directory: Path, *, every: int, batch_size: int, done: int, total: int, clock_zero: float
+    ) -> None:
+        self.directory, self.every, self.batch_size = directory, every, batch_size
+        self.done, self.total, self.clock_zero = done, total, clock_zero
         self._mark = (0.0, 0)  # time and step of the last progress note
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -92,7 +96,12 @@ class Log(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step)
         if now - self._mark[0] > 1.0:
-            progress = {"step": self.done + step, "total_steps": self.total, "images_per_s": self._rate(now, step)}
+            progress = {
+                "step": self.done + step,
+                "total_steps": self.total,
+                "images_per_s": self._rate(now, step),
+                "wall_s": round(now - self.clock_zero, 2),
+            }
             records.write_json(self.directory / records.PROGRESS, progress)
             self._mark = (now, step)
 
@@ -101,16 +110,21 @@ class Log(pl.Callback):
 
 
 class Evaluate(pl.Callback):
-    """Calls ``evaluate(model, step, weights)`` at the segment's steps, and once at the random initialisation."""
+    """Calls ``evaluate(model, step, weights)`` at the segment's steps, and once at the random initialisation if asked."""
 
     def __init__(
-        self, segment: Segment, evaluate: Callable[[torch.nn.Module, int, str], None], ema: Ema | None
+        self,
+        segment: Segment,
+        evaluate: Callable[[torch.nn.Module, int, str], None],
+        ema: Ema | None,
+        *,
+        at_start: bool,
     ) -> None:
-        self.segment, self.evaluate, self.ema = segment, evaluate, ema
+        self.segment, self.evaluate, self.ema, self.at_start = segment, evaluate, ema, at_start
         self.weights = "cooled" if segment.kind == "branch" else "ema" if ema else "trunk"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0:
+        if self.at_start and trainer.global_step == 0:
             self._run(pl_module, 0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -129,14 +143,21 @@ class Evaluate(pl.Callback):
 class Resume(pl.Callback):
     """Resume points: after every evaluation, every so many seconds, at the end of the segment, and on a stop signal.
 
-    A checkpoint is written beside its place and moved there in one step. It carries the segment, the lengths of the
-    growing files and the state of torch's random generator.
+    A checkpoint is written beside its place and moved there in one step. It carries the segment, the configuration's
+    hash, the lengths of the growing files and the state of torch's random generator.
     """
 
     def __init__(
-        self, directory: Path, segment: Segment, index: int, *, every_s: float, stop_requested: Callable[[], bool]
+        self,
+        directory: Path,
+        segment: Segment,
+        index: int,
+        *,
+        config_hash: str,
+        every_s: float,
+        stop_requested: Callable[[], bool],
     ) -> None:
-        self.directory, self.segment, self.index = directory, segment, index
+        self.directory, self.segment, self.index, self.config_hash = directory, segment, index, config_hash
         self.every_s, self.stop_requested = every_s, stop_requested
         self._saved_at = time.monotonic()
         self._rng: torch.Tensor | None = None
@@ -166,6 +187,7 @@ class Resume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["sovit"] = {
+            "config_hash": self.config_hash,
             "segment": self.index,
             "step": trainer.global_step,
             "lengths": records.lengths(self.directory),

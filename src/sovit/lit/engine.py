@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sovit import records, schedule
 from sovit.config import ConfigError, RunConfig, compose, eval_steps, model_geometry, shape_of
@@ -37,6 +38,9 @@ from sovit.optim import build_optimizer
 # Exit codes of a cell.
 OK, ERROR, DIVERGED, STOPPED, LOCKED = 0, 1, 3, 75, 76
 EVAL_BATCH = 1024
+
+# The segments of the run, which of them comes next, and the checkpoint inside it if it was begun.
+Position = tuple[list[schedule.Segment], int, Path | None]
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and other products
 
@@ -67,6 +71,7 @@ def _run_locked(cfg: RunConfig, directory: Path) -> int:
     if found and found["status"] == records.DONE:
         print(f"{directory.name} is done already.")
         return OK
+    position = _position(cfg, directory)
     torch.set_num_threads(cfg.trainer.num_threads)
     started = time.monotonic()
     record = _new_record(cfg, directory, found)
@@ -76,20 +81,21 @@ def _run_locked(cfg: RunConfig, directory: Path) -> int:
     code, reason = ERROR, None
     try:
         with _stop_on_signals() as stop_requested:
-            record |= _train(cfg, directory, loggers, stop_requested)
+            record |= _train(cfg, directory, position, loggers, stop_requested, started - record["wall_s"])
         code = OK
     except Stopped as error:
         code, reason = STOPPED, str(error)
+    except SIGTERMException:  # Lightning looks for the signal too, between our look and the next step
+        code, reason = STOPPED, "stopped by a signal"
     except Diverged as error:
         code, reason = DIVERGED, str(error)
     except Exception as error:  # a failed cell is a state of the sweep, not the end of it
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    finally:
-        finish(loggers, code)
     status = {OK: records.DONE, DIVERGED: records.DIVERGED, STOPPED: records.RUNNING, ERROR: records.FAILED}[code]
     record |= {"status": status, "reason": reason, "wall_s": round(record["wall_s"] + time.monotonic() - started, 2)}
     records.write_json(directory / records.RUN, record)
+    finish(loggers, code)  # after the record: uploading must not keep a run from being done
     if code == OK and not cfg.trainer.keep_checkpoint:
         for name in (LAST, TRUNK):
             (directory / name).unlink(missing_ok=True)
@@ -114,16 +120,25 @@ def _new_record(cfg: RunConfig, directory: Path, found: dict[str, Any] | None) -
         "lock_sha256": records.lock_hash(),
         "data_fingerprint": fingerprint(world_of(cfg)),
         "torch_version": torch.__version__,
-        "wall_s": found["wall_s"] if found else 0.0,
+        "wall_s": max(found["wall_s"] if found else 0.0, (records.read_progress(directory) or {}).get("wall_s", 0.0)),
         "config": dataclasses.asdict(cfg),
     }
 
 
-def _train(cfg: RunConfig, directory: Path, loggers: list[Logger], stop_requested: Any) -> dict[str, Any]:
-    """Train and evaluate every segment; returns what the run's record has to say about it."""
-    plan = schedule.segments(list(eval_steps(cfg)), cfg.eval.weights, cfg.schedule.cooldown)  # type: ignore[arg-type]
+def _train(
+    cfg: RunConfig,
+    directory: Path,
+    position: Position,
+    loggers: list[Logger],
+    stop_requested: Any,
+    clock_zero: float,
+) -> dict[str, Any]:
+    """Train and evaluate every segment; returns what the run's record has to say about it.
+
+    ``clock_zero``: the time at which the run would have started had no time passed between its processes.
+    """
+    plan, first, checkpoint = position
     evaluation = Evaluation(cfg, directory, loggers)
-    first, checkpoint = _position(directory, plan)
     total = schedule.steps_trained(plan)
     trained, seconds = 0, 0.0
     for index in range(first, len(plan)):
@@ -132,7 +147,8 @@ def _train(cfg: RunConfig, directory: Path, loggers: list[Logger], stop_requeste
         begin = checkpoint if index == first and checkpoint else trunk if trunk.exists() else None
         done = schedule.steps_trained(plan[:index]) - segment.start  # so that done + global_step counts all steps
         before = time.monotonic()
-        trained += _fit(cfg, directory, segment, index, begin, (done, total), loggers, evaluation, stop_requested)
+        progress = {"done": done, "total": total, "clock_zero": clock_zero}
+        trained += _fit(cfg, directory, segment, index, begin, progress, loggers, evaluation, stop_requested)
         seconds += time.monotonic() - before
     rate = trained * cfg.trainer.global_batch_size / seconds if seconds else None
     return {
@@ -142,21 +158,27 @@ def _train(cfg: RunConfig, directory: Path, loggers: list[Logger], stop_requeste
     }
 
 
-def _position(directory: Path, plan: list[schedule.Segment]) -> tuple[int, Path | None]:
-    """Segment to go on with and the checkpoint inside it, from what lies in the directory; cuts the files back to it."""
+def _position(cfg: RunConfig, directory: Path) -> Position:
+    """Where to go on, from what lies in the directory; cuts the growing files back to it.
+
+    Raises ConfigError if a checkpoint belongs to another configuration.
+    """
+    plan = schedule.segments(list(eval_steps(cfg)), cfg.eval.weights, cfg.schedule.cooldown)  # type: ignore[arg-type]
     found = []
     for name in (LAST, TRUNK):
         path = directory / name
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)["sovit"]
+            if state["config_hash"] != records.config_hash(cfg):
+                raise ConfigError(f"{path} belongs to another configuration; choose another name or tag, or delete it.")
             found.append((state["segment"], state["step"], path, state["lengths"]))
     if not found:
         records.cut_back(directory, {name: 0 for name in records.lengths(directory)})
-        return 0, None
+        return plan, 0, None
     index, step, path, lengths = max(found)
     records.cut_back(directory, lengths)
     print(f"Going on from step {step} of segment {index + 1} of {len(plan)}.")
-    return (index + 1, None) if step == plan[index].stop else (index, path)
+    return (plan, index + 1, None) if step == plan[index].stop else (plan, index, path)
 
 
 def _fit(
@@ -165,7 +187,7 @@ def _fit(
     segment: schedule.Segment,
     index: int,
     checkpoint: Path | None,
-    progress: tuple[int, int],
+    progress: dict[str, Any],
     loggers: list[Logger],
     evaluation: Evaluation,
     stop_requested: Any,
@@ -179,13 +201,20 @@ def _fit(
         Log(
             directory,
             every=cfg.trainer.log_every_n_steps,
-            done=progress[0],
-            total=progress[1],
             batch_size=cfg.trainer.global_batch_size,
+            **progress,
         ),
-        Evaluate(segment, evaluation, ema),
-        Resume(directory, segment, index, every_s=cfg.trainer.checkpoint_every_s, stop_requested=stop_requested),
+        Evaluate(segment, evaluation, ema, at_start=index == 0),
+        Resume(
+            directory,
+            segment,
+            index,
+            config_hash=records.config_hash(cfg),
+            every_s=cfg.trainer.checkpoint_every_s,
+            stop_requested=stop_requested,
+        ),
     ]
+    before = torch.load(checkpoint, map_location="cpu", weights_only=True)["sovit"]["step"] if checkpoint else 0
     with warnings.catch_warnings():
         # The first two are meant: batches are rendered in this process, and a resume inside an epoch is exact here (the
         # position in the data is a function of the step). The third is between Lightning 2.6 and torch.
@@ -209,8 +238,7 @@ def _fit(
             use_distributed_sampler=False,
         )
         trainer.fit(module, FractalData(cfg, segment.stop), ckpt_path=checkpoint, weights_only=True)
-    started = torch.load(checkpoint, map_location="cpu", weights_only=True)["sovit"]["step"] if checkpoint else 0
-    return trainer.global_step - started
+    return trainer.global_step - before
 
 
 def build_module(cfg: RunConfig, segment: schedule.Segment) -> LitClassifier:

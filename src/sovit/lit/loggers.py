@@ -6,6 +6,7 @@ import dataclasses
 import netrc
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -15,6 +16,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from sovit import records
 from sovit.config import RunConfig, model_geometry, shape_of
 from sovit.flops import forward_gflops
+
+FINISH_TIMEOUT_S = 60  # how long a finished cell waits for its upload; what is left over is in the offline files
 
 
 class MetricsFile(Logger):
@@ -41,13 +44,28 @@ class MetricsFile(Logger):
         """The resolved configuration stands in run.json."""
 
 
+class QuietWandb(WandbLogger):
+    """W&B that falls silent, after one line in the log, if its service fails in the middle of a run."""
+
+    failed = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self.failed:
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # whatever it is, it must not end the run
+            self.failed = True
+            print(f"W&B stopped taking metrics ({type(error).__name__}: {error}); the local records go on.")
+
+
 def make_loggers(cfg: RunConfig, directory: Path) -> list[Logger]:
     """The metrics file, and a W&B run unless it is switched off or cannot be had (one warning line, never an error)."""
     loggers: list[Logger] = [MetricsFile(directory)]
     if cfg.logger.name == "wandb":
         run = _wandb_run(cfg, directory)
         if run is not None:
-            loggers.append(WandbLogger(experiment=run))
+            loggers.append(QuietWandb(experiment=run))
     return loggers
 
 
@@ -74,7 +92,7 @@ def _wandb_run(cfg: RunConfig, directory: Path) -> Any:
                 run = wandb.init(
                     project=cfg.logger.project,
                     entity=cfg.logger.entity,
-                    id=None if under_agent else records.run_id(cfg),
+                    id=None if under_agent else f"{records.run_id(cfg)}-{records.config_hash(cfg)}",
                     name=records.run_id(cfg),
                     group=cfg.name,
                     tags=[cfg.name, f"seed{cfg.seed}"],
@@ -83,14 +101,19 @@ def _wandb_run(cfg: RunConfig, directory: Path) -> Any:
                     mode=mode,
                     resume="allow",
                     settings=wandb.Settings(
-                        init_timeout=cfg.logger.init_timeout_s, console="off", silent=True, x_disable_stats=True
+                        init_timeout=cfg.logger.init_timeout_s,
+                        finish_timeout=FINISH_TIMEOUT_S,
+                        finish_timeout_raises=False,
+                        console="off",
+                        silent=True,
+                        x_disable_stats=True,
                     ),
                 )
             run.define_metric("t_gflops")
             run.define_metric("eval/*", step_metric="t_gflops")
             return run
         except Exception as error:  # W&B must never stop a run, whatever it raises
-            print(f"W&B could not start {mode} ({type(error).__name__}: {error}); going on without.")
+            print(f"W&B could not start {mode} ({type(error).__name__}: {error}); the local records go on.")
     return None
 
 
