@@ -118,8 +118,21 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
 
 
 # What the runs of one sweep may differ in: the shape, the seed, and what changes no number.
-_FREE = ("shape", "seed", "runs_dir", "logger.", "model.width", "model.depth", "model.mlp_dim", "model.num_heads")
-_FREE += ("model.head_dim", "data.num_workers", "trainer.log_", "trainer.checkpoint_", "trainer.keep_")
+_FREE = (
+    "shape",
+    "seed",
+    "runs_dir",
+    "logger.",
+    "model.width",
+    "model.depth",
+    "model.mlp_dim",
+    "model.num_heads",
+    "model.head_dim",
+    "data.num_workers",
+    "trainer.log_",
+    "trainer.checkpoint_",
+    "trainer.keep_",
+)
 
 
 def _recipe(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -241,20 +241,25 @@ def _fit(
     return trainer.global_step - before
 
 
-def build_module(cfg: RunConfig, segment: schedule.Segment) -> LitClassifier:
-    """The LightningModule of a segment, freshly initialised from torch's global generator."""
-    model_cfg, optim = cfg.model, cfg.optim
-    model = build_vit(
+def build_model(cfg: RunConfig) -> torch.nn.Module:
+    """The model a configuration asks for, freshly initialised from torch's global generator."""
+    return build_vit(
         shape_of(cfg),
-        image_size=model_cfg.image_size,
-        channels=model_cfg.channels,
+        image_size=cfg.model.image_size,
+        channels=cfg.model.channels,
         num_classes=cfg.data.num_classes,
-        pool=model_cfg.pool,
-        pos_embed=model_cfg.pos_embed,
-        init=model_cfg.init,
-        head_bias=model_cfg.head_bias,
-        drop_path_rate=model_cfg.drop_path_rate,
+        pool=cfg.model.pool,
+        pos_embed=cfg.model.pos_embed,
+        init=cfg.model.init,
+        head_bias=cfg.model.head_bias,
+        drop_path_rate=cfg.model.drop_path_rate,
     )
+
+
+def build_module(cfg: RunConfig, segment: schedule.Segment) -> LitClassifier:
+    """The LightningModule of a segment, with a fresh model."""
+    optim = cfg.optim
+    model = build_model(cfg)
     optimizer = build_optimizer(
         model,
         optim.name,  # type: ignore[arg-type]
