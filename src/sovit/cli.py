@@ -115,7 +115,7 @@ def _shape(arguments: argparse.Namespace) -> int:
         f"{arguments.image_size} px, {arguments.channels} channels, pool {arguments.pool}\n"
     )
     print(f"{'':<24}{'parameters':>16}{'forward GFLOPs/image':>24}")
-    for group in dict.fromkeys([*params, *flops]):
+    for group in dict.fromkeys([*flops, *params]):
         if params.get(group) or flops.get(group):
             print(f"{group.replace('_', ' '):<24}{params.get(group, 0):>16,}{flops.get(group, 0) / 1e9:>24.6g}")
     print(f"{'total':<24}{sum(params.values()):>16,}{sum(flops.values()) / 1e9:>24.6g}\n")
