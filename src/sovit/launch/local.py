@@ -174,6 +174,7 @@ def _child(target: str, overrides: list[str], log: str, gpu: str | None) -> None
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed cell keeps what it said
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which nothing imported so far has done
     module, _, function = target.partition(":")
