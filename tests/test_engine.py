@@ -233,7 +233,7 @@ def test_records_say_what_was_trained(tmp_path: Path) -> None:
 def test_images_per_second_count_the_steps_of_this_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], None], weights: str
 ) -> None:
-    """With a clock of one second a segment, the rate is images / segments, for branches and after a resume too."""
+    """A rate counts the steps each segment really took: for branches, and for what is left after a resume."""
     plan = schedule.segments([8, 16, 24], weights, 0.25)  # type: ignore[arg-type]
     cfg = small(tmp_path / "a", f"eval.weights={weights}", "schedule.cooldown=0.25")
     trained: list[int] = []
