@@ -1,0 +1,40 @@
+"""The ``sovit`` command, one module a command or two. Heavy imports happen inside the commands that need them.
+
+Exit codes: 0 done, 1 some cells are not done, 2 something the user can mend (one sentence on standard error),
+130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sovit import __version__
+from sovit.cli import fit, shape, sweep
+
+COMMANDS = (shape, sweep, fit)  # modules with add(commands); the order of sovit --help
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except ValueError as error:
+        print(f"sovit {arguments.name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # sovit plan FILE | head
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sovit", description="Which width, depth and MLP dimension should my vision transformer have?"
+    )
+    parser.add_argument("--version", action="version", version=f"sovit {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add(commands)
+    return parser
