@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.optimize import approx_fprime, least_squares
+from scipy.optimize import approx_fprime, least_squares, nnls
 
-from sovit.analysis.fit import BOX, Noise, equal_noise, fit_law, project
+from sovit.analysis import kernel
+from sovit.analysis.fit import BOX, Noise, Prior, fit_law, law_logs
 from sovit.analysis.law import Law
 
 
@@ -93,6 +94,19 @@ def test_no_optimum_is_missed_on_forty_hard_truths():
         assert fit.objective <= general_optimum(x, t, error, noise, 4, case) + 0.1 * sigma**2, case
 
 
+def project(exponents, logs, inverse, target, noise, pull=None):
+    """(objective, coefficients, gradient, curvature) of the projected problem, by log exponents."""
+    num, num_exponents, _ = logs.shape
+    coefficients, gradient = np.empty(num), np.empty(num_exponents)
+    curvature = np.empty((num_exponents, num_exponents))
+    pull = np.zeros((2, num_exponents)) if pull is None else pull
+    objective = kernel.project(
+        np.log(exponents), logs, inverse, target, noise.inverse_scale, noise.run, noise.shrink, pull,
+        coefficients, gradient, curvature,
+    )  # fmt: skip
+    return objective, coefficients, gradient, curvature
+
+
 def test_gradient_of_the_projected_objective_is_exact():
     x, t, run = design()
     rng = np.random.default_rng(1)
@@ -100,30 +114,40 @@ def test_gradient_of_the_projected_objective_is_exact():
     noise = Noise(run, 0.7, rng.uniform(0.5, 2, len(x)))
     error = centred_law().error(x, t) * np.exp(0.05 * rng.normal(size=len(x)))
     target = noise.whiten(np.ones(len(x)))
-    for exponents in ([0.5, 0.4, 0.3], [0.1, 1.5, 0.8], [2.0, 0.1, 0.2]):
-        state = project(np.array(exponents), log_x, log_t, 1 / error, target, noise)
-        numeric = approx_fprime(
-            exponents, lambda e: project(e, log_x, log_t, 1 / error, target, noise).objective / 2, 1e-7
-        )
-        np.testing.assert_allclose(state.gradient, numeric, rtol=1e-4, atol=1e-6)
-        assert np.linalg.eigvalsh(state.curvature).min() > -1e-12
+    pull = np.array([[-1.0, 0.0, -1.0], [0.3, 0.0, 0.1]])
+    for held, exponents in (
+        (None, (0.5, 0.4, 0.3)),
+        (None, (0.1, 1.5, 0.8)),
+        (None, (2.0, 0.1, 0.2)),
+        (0.4, (0.5, 0.3)),
+    ):
+        logs = law_logs(log_x, log_t, held)
+        args = (logs, 1 / error, target, noise, pull[:, : logs.shape[1]])
+        _, _, gradient, curvature = project(exponents, *args)
+        numeric = approx_fprime(np.log(exponents), lambda u, args=args: project(np.exp(u), *args)[0] / 2, 1e-7)
+        np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-6)
+        assert np.linalg.eigvalsh(curvature).min() > -1e-12
 
 
-def test_projected_coefficients_are_the_constrained_optimum():
-    """Karush-Kuhn-Tucker: no descent direction among the free coefficients, none upwards among those at 0."""
-    x, t, _ = design()
+def test_projected_objective_and_coefficients_equal_scipys_nnls():
+    """Random exponents, offsets between runs, and terms of which one to three end at 0."""
+    x, t, run = design()
     log_x, log_t = np.log(x / 100), np.log(t / 1000)
-    error = centred_law(xi=0.0, eps=0.0).error(x, t) * np.exp(0.05 * np.random.default_rng(2).normal(size=len(x)))
-    noise = equal_noise(len(x))
-    state = project(np.array([0.2, 0.2, 0.3]), log_x, log_t, 1 / error, np.ones(len(x)), noise)
-    decay = np.exp(-0.3 * log_t)
-    columns = np.column_stack((np.exp(-0.2 * log_x), np.exp(0.2 * log_x) * decay, decay, np.ones(len(x))))
-    columns /= error[:, None]
-    slope = columns.T @ (columns @ state.coefficients - 1)
-    free = state.coefficients > 0
-    assert 0 < free.sum() < 4
-    np.testing.assert_allclose(slope[free], 0, atol=1e-9)
-    assert np.all(slope[~free] >= -1e-9)
+    rng = np.random.default_rng(2)
+    patterns = set()
+    for case in range(60):
+        noise = Noise(run, float(rng.choice([0.0, 1.0, 10.0])), rng.uniform(0.5, 2, len(x)))
+        law = centred_law(xi=0.03 * (case % 2), eps=0.15 * (case % 3 > 0), off=float(rng.choice([0.01, 1.0, 100.0])))
+        error = law.error(x, t) * np.exp(0.1 * rng.normal(size=len(x)))
+        exponents = np.exp(rng.uniform(np.log(0.05), np.log(2), 3))
+        logs, target = law_logs(log_x, log_t), noise.whiten(np.ones(len(x)))
+        objective, coefficients, _, _ = project(exponents, logs, 1 / error, target, noise)
+        columns = noise.whiten((np.exp(np.einsum("jkn,k->jn", logs, exponents)) / error).T)
+        expected, norm = nnls(columns, target)
+        assert objective == pytest.approx(norm**2, rel=1e-9)
+        np.testing.assert_allclose(columns @ coefficients, columns @ expected, atol=1e-7)
+        patterns.add(tuple(coefficients > 0))
+    assert len(patterns) >= 5
 
 
 def test_log_residuals_are_stationary_not_those_of_the_first_pass():
@@ -200,6 +224,38 @@ def test_holding_the_exponent_costs_nothing_at_the_optimum_and_something_elsewhe
         held = fit_law(x, t, error, exponent=factor * free.law.exponent)
         assert held.law.exponent == pytest.approx(factor * free.law.exponent)
         assert held.objective > 1.01 * free.objective
+
+
+def test_jacobian_of_the_log_law_equals_its_numeric_derivative():
+    x, t, _ = design()
+    law = centred_law()
+    fit = fit_law(x, t, law.error(x, t) * np.exp(0.01 * np.random.default_rng(9).normal(size=len(x))))
+    centre_x, centre_t = np.exp(np.log(x).mean()), np.exp(np.log(t).mean())
+    p = fit.law
+    normalised = [
+        p.alpha * centre_x**-p.a,
+        p.a,
+        p.beta * centre_x**p.b * centre_t**-p.c,
+        p.b,
+        p.xi * centre_t**-p.c,
+        p.c,
+        p.eps,
+    ]
+    numeric = approx_fprime(normalised, lambda v: np.log(Law(*v).error(x / centre_x, t / centre_t)), 1e-7)
+    np.testing.assert_allclose(fit.jacobian, numeric, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prior_pulls_by_its_weight_against_the_noise():
+    """A prior much sharper than the data holds b where it says; one much wider changes nothing."""
+    x, t, _ = design()
+    error = centred_law().error(x, t) * np.exp(0.01 * np.random.default_rng(10).normal(size=len(x)))
+    free = fit_law(x, t, error)
+    sharp = fit_law(x, t, error, priors={"b": Prior(0.9, 1e-4)}, sigma=0.01)
+    wide = fit_law(x, t, error, priors={"b": Prior(0.9, 1e3)}, sigma=0.01)
+    assert sharp.law.b == pytest.approx(0.9, rel=1e-3)
+    assert wide.law.exponent == pytest.approx(free.law.exponent, rel=1e-4)
+    with pytest.raises(ValueError, match="among a, b, c"):
+        fit_law(x, t, error, priors={"s": Prior(0.4, 0.1)}, sigma=0.01)
 
 
 @pytest.mark.parametrize(
