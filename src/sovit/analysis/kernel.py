@@ -7,7 +7,8 @@ squares (Golub and Pereyra 1973; derivative of Kaufman 1975). Log residuals are 
 the law linearised around the last one. The search runs over log theta. `sovit.analysis.varpro` is the way in; numba
 takes half a second to import and compiles on first use, so only fits import this module.
 
-Arrays are float64: logs (J, K, n); log_error, scale (n,); run (n,) of whole numbers; shrink (R,), see `Noise`.
+Arrays are float64: logs (J, K, n); used (J, K), which of them are not all zero; log_error, inverse_scale (n,); run (n,) of
+whole numbers; shrink (one a run), see `Noise`.
 ``pull`` (2, K): a quadratic penalty pull[1] (log theta - pull[0])^2 on each exponent, zeros for none.
 """
 
@@ -195,7 +196,9 @@ def _nnls(upper, along, solution):
 
 
 @_jit
-def project(log_theta, logs, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature):
+def project(
+    log_theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature
+):
     """All the arithmetic of one step: the best coefficients at exp(log_theta), and how to move the exponents.
 
     Minimises |target - W diag(inverse) Phi p|^2 over p >= 0, Phi (n, J) the terms of the law and W the whitening.
@@ -215,9 +218,10 @@ def project(log_theta, logs, inverse, target, inverse_scale, run, shrink, pull, 
     for j in range(num):
         power[:] = 0.0
         for k in range(num_exponents):
-            value = math.exp(log_theta[k])
-            for i in range(n):
-                power[i] += value * logs[j, k, i]
+            if used[j, k]:
+                value = math.exp(log_theta[k])
+                for i in range(n):
+                    power[i] += value * logs[j, k, i]
         for i in range(n):
             raw[j, i] = math.exp(power[i]) * inverse[i]
         whiten(raw[j], columns[j], inverse_scale, run, shrink, sums)
@@ -244,7 +248,7 @@ def project(log_theta, logs, inverse, target, inverse_scale, run, shrink, pull, 
         value = math.exp(log_theta[k])
         for j in range(num):
             factor = value * coefficients[j]
-            if factor > 0.0:
+            if used[j, k] and factor > 0.0:
                 for i in range(n):
                     power[i] += factor * logs[j, k, i] * raw[j, i]
         whiten(power, scratch, inverse_scale, run, shrink, sums)
@@ -267,17 +271,21 @@ def project(log_theta, logs, inverse, target, inverse_scale, run, shrink, pull, 
 
 
 @_jit
-def log_law(log_theta, logs, coefficients, out):
+def log_law(log_theta, logs, used, coefficients, out):
     """log f at each point."""
     num, num_exponents, n = logs.shape
+    power = np.empty(n)
     out[:] = 0.0
     for j in range(num):
         if coefficients[j] > 0.0:
+            power[:] = 0.0
+            for k in range(num_exponents):
+                if used[j, k]:
+                    value = math.exp(log_theta[k])
+                    for i in range(n):
+                        power[i] += value * logs[j, k, i]
             for i in range(n):
-                power = 0.0
-                for k in range(num_exponents):
-                    power += math.exp(log_theta[k]) * logs[j, k, i]
-                out[i] += coefficients[j] * math.exp(power)
+                out[i] += coefficients[j] * math.exp(power[i])
     for i in range(n):
         out[i] = math.log(out[i])
 
@@ -295,7 +303,7 @@ def log_objective(log_theta, log_error, log_fit, inverse_scale, run, shrink, pul
 
 
 @_jit
-def descend(log_theta, coefficients, logs, log_error, log_fit, inverse_scale, run, shrink, pull, low, high):
+def descend(log_theta, coefficients, logs, used, log_error, log_fit, inverse_scale, run, shrink, pull, low, high):
     """Levenberg-Marquardt in the box, linearised around ``log_fit``; moves log_theta and fills the coefficients.
 
     ``missing`` learns, by symmetric rank-one updates, what Kaufman's curvature leaves out (as NL2SOL does, Dennis, Gay
@@ -313,7 +321,7 @@ def descend(log_theta, coefficients, logs, log_error, log_fit, inverse_scale, ru
     step, trial, surprise = np.empty(num_exponents), np.empty(num_exponents), np.empty(num_exponents)
     free = np.empty(num_exponents, np.int64)
     objective = project(
-        log_theta, logs, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature
+        log_theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature
     )
     damping = 1e-4
     for _ in range(_STEPS):
@@ -354,7 +362,7 @@ def descend(log_theta, coefficients, logs, log_error, log_fit, inverse_scale, ru
         for k in range(num_exponents):
             trial[k] = min(max(log_theta[k] + min(max(step[k], -1.0), 1.0), low[k]), high[k])
         trial_objective = project(
-            trial, logs, inverse, target, inverse_scale, run, shrink, pull,
+            trial, logs, used, inverse, target, inverse_scale, run, shrink, pull,
             trial_coefficients, trial_gradient, trial_curvature,
         )  # fmt: skip
         gain = objective - trial_objective
@@ -393,14 +401,16 @@ def descend(log_theta, coefficients, logs, log_error, log_fit, inverse_scale, ru
 
 
 @_jit
-def polish(log_theta, coefficients, logs, log_error, log_fit, inverse_scale, run, shrink, pull, low, high):
+def polish(log_theta, coefficients, logs, used, log_error, log_fit, inverse_scale, run, shrink, pull, low, high):
     """Gauss-Newton passes from a law until the log objective stands still; moves its arguments, returns the objective."""
-    log_law(log_theta, logs, coefficients, log_fit)
+    log_law(log_theta, logs, used, coefficients, log_fit)
     best = log_objective(log_theta, log_error, log_fit, inverse_scale, run, shrink, pull)
     trial, trial_coefficients, trial_fit = log_theta.copy(), coefficients.copy(), log_fit.copy()
     for _ in range(_PASSES):
-        descend(trial, trial_coefficients, logs, log_error, trial_fit, inverse_scale, run, shrink, pull, low, high)
-        log_law(trial, logs, trial_coefficients, trial_fit)
+        descend(
+            trial, trial_coefficients, logs, used, log_error, trial_fit, inverse_scale, run, shrink, pull, low, high
+        )
+        log_law(trial, logs, used, trial_coefficients, trial_fit)
         objective = log_objective(trial, log_error, trial_fit, inverse_scale, run, shrink, pull)
         if not objective < best:
             break
@@ -415,85 +425,69 @@ def polish(log_theta, coefficients, logs, log_error, log_fit, inverse_scale, run
 
 
 @_jit
-def grid_starts(grid, group, logs, log_error, inverse_scale, run, shrink, pull):
-    """For each value of ``group`` (S,), the index into ``grid`` (S, K) of least projected objective."""
-    num, num_exponents, n = logs.shape
-    inverse = np.exp(-log_error)
-    target = np.empty(n)
-    whiten(np.ones(n), target, inverse_scale, run, shrink, np.empty(shrink.size))
-    coefficients, gradient = np.empty(num), np.empty(num_exponents)
-    curvature = np.empty((num_exponents, num_exponents))
-    best = np.full(group.max() + 1, np.inf)
-    index = np.zeros(group.max() + 1, np.int64)
-    for s in range(grid.shape[0]):
-        value = project(
-            grid[s], logs, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature
-        )
-        if value < best[group[s]]:
-            best[group[s]] = value
-            index[group[s]] = s
-    return index
+def fit_many(grid, group, starts, logs, used, log_errors, inverse_scale, run, shrink, pull, low, high):
+    """Fit each of ``log_errors`` (R, n): objectives (R, S), log exponents (R, K) and coefficients (R, J) of the best.
 
-
-@_jit
-def fit_from(starts, cold, logs, log_error, inverse_scale, run, shrink, pull, low, high):
-    """Fit from every start (S, K) of log exponents: objectives (S,), log exponents (S, K), coefficients (S, J).
-
-    A cold start first descends on relative errors; if it arrives where an earlier start did, the passes that follow
-    would repeat that start's, and its end is taken.
+    With a ``grid`` (G, K) of log exponents the starts are cold: for each value of ``group`` (G,), 0 to S - 1, the grid
+    point of least projected objective on relative errors. A cold start first descends on relative errors; if it
+    arrives where an earlier one did, the passes that follow would repeat that one's, and its end is taken. Without a
+    grid (G = 0) the starts are ``starts`` (S, K), for every data set the same.
     """
     num, num_exponents, n = logs.shape
-    count = starts.shape[0]
-    objectives, thetas, coefficients = np.empty(count), starts.copy(), np.zeros((count, num))
-    met = np.empty((count, num_exponents))
-    log_fit = np.empty(n)
-    for s in range(count):
-        earlier = -1
-        if not cold:
-            _enter(thetas[s], coefficients[s], logs, log_error, inverse_scale, run, shrink, pull)
-        else:
-            descend(thetas[s], coefficients[s], logs, log_error, log_error, inverse_scale, run, shrink, pull, low, high)
-            met[s] = thetas[s]
-            for q in range(s):
-                if np.abs(met[q] - met[s]).max() < 1e-3:
-                    earlier = q
-        if earlier >= 0:
-            objectives[s] = objectives[earlier]
-            thetas[s] = thetas[earlier]
-            coefficients[s] = coefficients[earlier]
-            continue
-        objectives[s] = polish(
-            thetas[s], coefficients[s], logs, log_error, log_fit, inverse_scale, run, shrink, pull, low, high
-        )
-    return objectives, thetas, coefficients
-
-
-@_jit
-def _enter(log_theta, coefficients, logs, log_error, inverse_scale, run, shrink, pull):
-    """Coefficients at given exponents, on relative errors."""
-    num_exponents, n = log_theta.size, log_error.size
-    target = np.empty(n)
+    cold = grid.shape[0] > 0
+    num_starts = group.max() + 1 if cold else starts.shape[0]
+    num_sets = log_errors.shape[0]
+    objectives = np.empty((num_sets, num_starts))
+    best_theta, best_coefficients = np.empty((num_sets, num_exponents)), np.empty((num_sets, num))
+    thetas, coefficients = np.empty((num_starts, num_exponents)), np.zeros((num_starts, num))
+    met = np.empty((num_starts, num_exponents))
+    least = np.empty(num_starts)
+    gradient, curvature = np.empty(num_exponents), np.empty((num_exponents, num_exponents))
+    log_fit, target, trial = np.empty(n), np.empty(n), np.empty(num)
     whiten(np.ones(n), target, inverse_scale, run, shrink, np.empty(shrink.size))
-    return project(
-        log_theta, logs, np.exp(-log_error), target, inverse_scale, run, shrink, pull,
-        coefficients, np.empty(num_exponents), np.empty((num_exponents, num_exponents)),
-    )  # fmt: skip
-
-
-@_jit
-def refit_many(log_theta, logs, log_errors, inverse_scale, run, shrink, pull, low, high):
-    """Warm refits of ``log_errors`` (R, n), all from one set of log exponents: objectives, log exponents, coefficients."""
-    num, num_exponents, n = logs.shape
-    count = log_errors.shape[0]
-    objectives, thetas, coefficients = np.empty(count), np.empty((count, num_exponents)), np.zeros((count, num))
-    log_fit = np.empty(n)
-    for r in range(count):
-        thetas[r] = log_theta
-        _enter(thetas[r], coefficients[r], logs, log_errors[r], inverse_scale, run, shrink, pull)
-        objectives[r] = polish(
-            thetas[r], coefficients[r], logs, log_errors[r], log_fit, inverse_scale, run, shrink, pull, low, high
-        )
-    return objectives, thetas, coefficients
+    for r in range(num_sets):
+        log_error = log_errors[r]
+        inverse = np.exp(-log_error)
+        least[:] = np.inf
+        if not cold:
+            thetas[:] = starts
+        for g in range(grid.shape[0] if cold else num_starts):
+            theta = grid[g] if cold else thetas[g]
+            value = project(
+                theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, trial, gradient, curvature
+            )
+            s = group[g] if cold else g
+            if value < least[s] or not cold:
+                least[s] = value
+                thetas[s] = theta
+                coefficients[s] = trial
+        for s in range(num_starts):
+            earlier = -1
+            if cold:
+                descend(
+                    thetas[s], coefficients[s], logs, used, log_error, log_error,
+                    inverse_scale, run, shrink, pull, low, high,
+                )  # fmt: skip
+                met[s] = thetas[s]
+                for q in range(s):
+                    if np.abs(met[q] - met[s]).max() < 1e-3:
+                        earlier = q
+            if earlier >= 0:
+                objectives[r, s] = objectives[r, earlier]
+                thetas[s] = thetas[earlier]
+                coefficients[s] = coefficients[earlier]
+            else:
+                objectives[r, s] = polish(
+                    thetas[s], coefficients[s], logs, used, log_error, log_fit,
+                    inverse_scale, run, shrink, pull, low, high,
+                )  # fmt: skip
+        best = 0
+        for s in range(num_starts):
+            if objectives[r, s] < objectives[r, best] or not math.isfinite(objectives[r, best]):
+                best = s
+        best_theta[r] = thetas[best]
+        best_coefficients[r] = coefficients[best]
+    return objectives, best_theta, best_coefficients
 
 
 @_jit

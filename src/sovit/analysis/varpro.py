@@ -20,7 +20,6 @@ Array = NDArray[np.float64]
 BOX = (0.02, 6.0)  # bounds of an exponent
 _SAME = 1e-3  # a start has converged if its objective is within this share of the best
 _GRID = (0.12, 0.4, 1.2)  # exponents of the cold starts, for laws that bring no grid of their own
-_MOST_STARTS = 6
 
 
 @dataclass(frozen=True)
@@ -116,20 +115,20 @@ def solve(
             f"logs of {num_points} points, {log_error.size} errors and {len(noise.run)} runs do not match."
         )
     bottom, top = _bounds(low, num_exponents), _bounds(high, num_exponents)
-    problem = (logs, log_error, noise.inverse_scale, noise.run, noise.shrink, _pull(pull, num_exponents))
-    cold = starts is None
-    if cold:
+    table, group = np.empty((0, num_exponents)), np.empty(0, np.intp)
+    first = np.empty((0, num_exponents))
+    if starts is None:
         axes = list(grid) if grid is not None else [_GRID] * num_exponents
         table = np.clip(np.log(np.array(list(itertools.product(*axes)), float)), bottom, top)
         group = np.repeat(np.arange(len(axes[0])), len(table) // len(axes[0]))
-        first = table[kernel.grid_starts(table, group, *problem)]
     else:
         first = np.clip(np.log(np.atleast_2d(np.asarray(starts, float))), bottom, top)
-    objectives, thetas, coefficients = kernel.fit_from(first, cold, *problem, bottom, top)
-    order = np.argsort(objectives, kind="stable")
-    objectives = objectives[order]
-    theta, amounts = thetas[order[0]], coefficients[order[0]]
-    best = float(objectives[0])
+    ends, thetas, coefficients = kernel.fit_many(
+        table, group, first, logs, np.any(logs != 0, axis=2), log_error[None], noise.inverse_scale, noise.run,
+        noise.shrink, _pull(pull, num_exponents), bottom, top,
+    )  # fmt: skip
+    objectives = np.sort(ends[0])
+    theta, amounts, best = thetas[0], coefficients[0], float(objectives[0])
     reached = objectives[objectives <= best * (1 + _SAME) + 1e-24 * num_points]
     exponents = np.exp(theta)
     terms = np.exp(np.einsum("jkn,k->jn", logs, exponents))
@@ -157,11 +156,12 @@ def refit(
     num_exponents = logs.shape[1]
     bottom, top = _bounds(low, num_exponents), _bounds(high, num_exponents)
     first = np.clip(np.log(np.asarray(exponents, float)), bottom, top)
-    objectives, thetas, coefficients = kernel.refit_many(
-        first, logs, np.ascontiguousarray(log_errors, float), noise.inverse_scale, noise.run, noise.shrink,
+    objectives, thetas, coefficients = kernel.fit_many(
+        np.empty((0, num_exponents)), np.empty(0, np.intp), first[None], logs, np.any(logs != 0, axis=2),
+        np.ascontiguousarray(log_errors, float), noise.inverse_scale, noise.run, noise.shrink,
         _pull(None, num_exponents), bottom, top,
     )  # fmt: skip
-    return objectives, np.exp(thetas), coefficients
+    return objectives[:, 0], np.exp(thetas), coefficients
 
 
 def _bounds(value: float | Array, num_exponents: int) -> Array:
