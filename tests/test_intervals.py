@@ -15,7 +15,6 @@ from sovit.analysis.intervals import (
     jackknife_runs,
     log_standard_error,
     profile_interval,
-    studentized_runs,
 )
 from sovit.analysis.law import Law
 
@@ -138,17 +137,6 @@ def test_jackknife_is_the_brute_force_one():
     half = t_distribution.ppf(0.975, 6) * math.sqrt(6 / 7 * np.sum((np.array(logs) - np.mean(logs)) ** 2))
     assert math.log(found.hi / whole.fit.law.exponent) == pytest.approx(half, rel=1e-2)
     assert math.log(whole.fit.law.exponent / found.lo) == pytest.approx(half, rel=1e-2)
-
-
-def test_a_run_two_percent_off_stands_out_and_good_runs_do_not():
-    """14 runs, tau 0.25%: the bad run beyond the family-wise 5% limit, the others and a clean sweep within it."""
-    limit = t_distribution.ppf(1 - 0.025 / 14, 10)
-    x, t, error, run = sweep(DEPTH, np.random.default_rng(11), sigma=0.005, tau=0.0025, repeats=2)
-    assert np.all(np.abs(studentized_runs(fit_with_runs(x, t, error, run))) < limit)
-    bad = error * np.where(run == "run-03", 1.02, 1.0)
-    values = studentized_runs(fit_with_runs(x, t, bad, run))
-    assert values[3] > limit
-    assert np.all(np.abs(np.delete(values, 3)) < limit)
 
 
 def test_precise_points_count_more():

@@ -16,8 +16,9 @@ import numpy as np
 from scipy.stats import t as t_distribution
 
 from sovit.analysis.fit import MIN_POINTS, Array, LawFit, Noise, fit_law
-from sovit.analysis.intervals import Jackknife, RunFit, index_runs, studentized_runs
+from sovit.analysis.intervals import Jackknife, RunFit, index_runs
 from sovit.analysis.points import Point
+from sovit.analysis.specification import run_test
 
 ALIGNED = 1.1  # points of one duration whose compute agrees to 10% form a slice as they are
 MIN_SLICE_SIZES = 3
@@ -218,11 +219,24 @@ class Late:
 
 @dataclass(frozen=True)
 class Outlier:
-    """A run far from what the others predict, ``t`` standard errors off; without it s moves by ``shift``."""
+    """A run far from what the others predict, ``t`` standard errors off; without it s moves by ``shift``.
+
+    ``p``: how often the farthest run of such a sweep is at least as far.
+    """
 
     run_id: str
     shift: float
     t: float
+    p: float
+
+
+@dataclass(frozen=True)
+class OutlierPoint:
+    """An evaluation so far from its run's level that it counts with ``weight`` below 1."""
+
+    run_id: str
+    duration: str
+    weight: float
 
 
 def size_along(name: str) -> Size:
@@ -299,15 +313,23 @@ def late_fits(name: str, used: Sequence[Point], whole: RunFit | str, weights: st
     return tuple(rows)
 
 
-def outliers(used: Sequence[Point], fit: RunFit, jackknife: Jackknife) -> tuple[Outlier, ...]:
+def outliers(name: str, used: Sequence[Point], fit: RunFit, jackknife: Jackknife) -> tuple[Outlier, ...]:
     """Runs that do not belong with the others at a family-wise 5%. ``used``: the points the fit and jackknife had."""
     if fit.num_runs < 5:
         return ()
-    values = studentized_runs(fit)
-    limit = float(t_distribution.ppf(1 - 0.025 / fit.num_runs, fit.num_runs - 4))
+    found = run_test(*vectors(name, used)[:2], fit)
     runs = sorted({point.run_id for point in used})
     return tuple(
-        Outlier(run, without - fit.fit.law.exponent, float(value))
-        for run, without, value in zip(runs, jackknife.without, values, strict=True)
-        if abs(value) > limit
+        Outlier(run, without - fit.fit.law.exponent, float(value), float(p))
+        for run, without, value, p in zip(runs, jackknife.without, found.t, found.p, strict=True)
+        if p <= 0.05
+    )
+
+
+def outlier_points(used: Sequence[Point], fit: RunFit) -> tuple[OutlierPoint, ...]:
+    """The points that the robust fit lets count for less than half. ``used``: the points of the fit, in its order."""
+    return tuple(
+        OutlierPoint(point.run_id, point.duration, float(weight))
+        for point, weight in zip(used, fit.weights, strict=True)
+        if weight < 0.5
     )

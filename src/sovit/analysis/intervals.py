@@ -11,6 +11,7 @@ leave a side open. The jackknife over runs is the check that does not rely on th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,13 @@ from scipy.optimize import brentq
 from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
-from sovit.analysis.fit import BOX, MAX_EXPONENT, NUM_PARAMETERS, Array, LawFit, Noise, fit_law
+from sovit.analysis.fit import BOX, MAX_EXPONENT, NUM_PARAMETERS, Array, LawFit, Noise, Prior, fit_law
 
 MIN_RUNS, MIN_SIZES = 5, 4
-_RATIOS = (0.0, *np.geomspace(0.1, 30.0, 20))  # tau / sigma
+RATIOS = (0.0, *np.geomspace(0.1, 30.0, 20))  # tau / sigma
 _FAR_WORSE = 12.0  # of -2 log likelihood: larger ratios only fall further behind
+_ROBUST_PASSES, _SAME_WEIGHT = 5, 0.02
+_FAR_POINT, _BISQUARE = 4.5, 7.0  # robust standard deviations; 98 clean points hold one beyond 4.5 in 0.07% of sweeps
 _WIDEST = math.log(10)  # a Wald half-width of log s beyond this factor is not quadratic any more
 _FARTHEST = math.log(100)  # how far the profile follows s before it calls a side open
 _ON_BOUND = ("alpha=0", "beta=0", "at its lower bound", "at its upper bound")
@@ -49,7 +52,7 @@ class RunFit:
     """A law fitted with an offset per run.
 
     ``sigma``, ``tau``: relative spread of one evaluation and of a run's offset. ``log_se``: standard error of log s
-    (inf if the data do not determine s).
+    (inf if the data do not determine s). ``weights`` (n,): 1, or less for points far from their run's level.
     """
 
     fit: LawFit
@@ -59,6 +62,7 @@ class RunFit:
     log_se: float
     num_runs: int
     num_sizes: int
+    weights: Array
 
 
 def index_runs(run: ArrayLike) -> NDArray[np.intp]:
@@ -67,36 +71,92 @@ def index_runs(run: ArrayLike) -> NDArray[np.intp]:
 
 
 def fit_with_runs(
-    x: ArrayLike, t: ArrayLike, error: ArrayLike, run: ArrayLike, *, scale: ArrayLike | None = None
+    x: ArrayLike,
+    t: ArrayLike,
+    error: ArrayLike,
+    run: ArrayLike,
+    *,
+    scale: ArrayLike | None = None,
+    robust: bool = True,
+    priors: Mapping[str, Prior] | None = None,
 ) -> RunFit:
     """Fit the law to points (n,) of several runs, each with an offset of its own.
 
     ``t`` in GFLOPs; ``run`` (n,) names each point's run (two seeds of one size are two runs); ``scale`` (n,) the
-    relative standard deviations of the points up to a factor, equal if not given. Raises what `fit_law` raises.
+    relative standard deviations of the points up to a factor, equal if not given. ``robust``: points that lie farther
+    from their run's level than noise explains lose weight (see `_point_weights`). ``priors``: see `fit_law`.
+    Raises what `fit_law` raises.
     """
     x, t, error = (np.asarray(values, float) for values in (x, t, error))
     index = index_runs(run)
     if len(index) != len(x):
         raise ValueError(f"run names {len(index)} points, but there are {len(x)}; give each point its run.")
-    weights = np.ones(len(x)) if scale is None else np.asarray(scale, float)
-    weights = weights / np.exp(np.log(weights).mean())
-    num_runs = int(index.max()) + 1
+    spread = np.ones(len(x)) if scale is None else np.asarray(scale, float)
+    spread = spread / np.exp(np.log(spread).mean())
+    weights = np.ones(len(x))
+    found = _reml_fit(x, t, error, index, spread, weights, priors)
+    for _ in range(_ROBUST_PASSES if robust else 0):
+        found_weights = _point_weights(found.fit.residuals / spread, index)
+        if np.abs(found_weights - weights).max() < _SAME_WEIGHT:
+            break
+        weights = found_weights
+        found = _reml_fit(x, t, error, index, spread / np.sqrt(weights), weights, priors)
+    return found
 
-    cold = fit = fit_law(x, t, error, noise=Noise(index, 0.0, weights))
-    best, ratio = _reml(fit, Noise(index, 0.0, weights)), 0.0
-    for trial in _RATIOS[1:] if num_runs > 1 else ():
-        noise = Noise(index, float(trial), weights)
-        fit = fit_law(x, t, error, noise=noise, starts=[fit.exponents])
-        criterion = _reml(fit, noise)
+
+def _reml_fit(
+    x: Array,
+    t: Array,
+    error: Array,
+    index: NDArray[np.intp],
+    scale: Array,
+    weights: Array,
+    priors: Mapping[str, Prior] | None,
+) -> RunFit:
+    """The fit at the tau / sigma of highest restricted likelihood; with priors, at the sigma it finds itself."""
+    num_runs = int(index.max()) + 1
+    free = float(weights.sum()) - NUM_PARAMETERS
+
+    def fit_at(ratio: float, fit: LawFit | None = None, sigma: float = 0.0) -> tuple[LawFit, Noise]:
+        noise = Noise(index, ratio, scale)
+        starts = [fit.exponents] if fit else []
+        pull = {"priors": priors, "sigma": sigma} if priors and sigma else {}
+        return fit_law(x, t, error, noise=noise, starts=starts, **pull), noise
+
+    def sigma_of(fit: LawFit, noise: Noise) -> float:
+        return math.sqrt(float(np.sum(noise.whiten(fit.residuals) ** 2)) / free)
+
+    cold, noise = fit_at(0.0)
+    fit, best, ratio = cold, _reml(cold, noise, free), 0.0
+    for trial in RATIOS[1:] if num_runs > 1 else ():
+        fit, noise = fit_at(float(trial), fit)
+        criterion = _reml(fit, noise, free)
         if criterion < best:
             best, ratio = criterion, float(trial)
         elif criterion > best + _FAR_WORSE:
             break
-    noise = Noise(index, ratio, weights)
-    fit = fit_law(x, t, error, noise=noise) if ratio else cold
-    sigma = math.sqrt(fit.objective / (len(x) - NUM_PARAMETERS))
-    log_se = log_standard_error(fit, noise, sigma)
-    return RunFit(fit, noise, sigma, ratio * sigma, log_se, num_runs, len(np.unique(x)))
+    fit, noise = fit_at(ratio) if ratio else (cold, Noise(index, 0.0, scale))
+    sigma = sigma_of(fit, noise)
+    for _ in range(2 if priors else 0):
+        fit, noise = fit_at(ratio, None, sigma)
+        sigma = sigma_of(fit, noise)
+    log_se = log_standard_error(fit, noise, sigma, priors)
+    return RunFit(fit, noise, sigma, ratio * sigma, log_se, num_runs, len(np.unique(x)), weights)
+
+
+def _point_weights(residuals: Array, run: NDArray[np.intp]) -> Array:
+    """Weights of Tukey's bisquare on residuals (in units of each point's scale) from the median of their run.
+
+    All 1 unless some point is farther than `_FAR_POINT` robust standard deviations; never 0, so that a point keeps a say.
+    """
+    centred = np.array(residuals, float)
+    for one in range(int(run.max()) + 1):
+        centred[run == one] -= np.median(centred[run == one])
+    spread = 1.4826 * float(np.median(np.abs(centred)))
+    if not spread > 0 or np.abs(centred).max() <= _FAR_POINT * spread:
+        return np.ones(len(centred))
+    inside = np.clip(1 - (centred / (_BISQUARE * spread)) ** 2, 0.0, 1.0)
+    return np.maximum(inside**2, 1e-4)
 
 
 def exponent_interval(
@@ -120,15 +180,17 @@ def exponent_interval(
     return Interval(s, s * math.exp(-half), s * math.exp(half), "REML, Wald on log s, t(G-3)")
 
 
-def _reml(fit: LawFit, noise: Noise) -> float:
+def _reml(fit: LawFit, noise: Noise, free: float) -> float:
     """-2 x the restricted log likelihood of tau / sigma, sigma profiled out, up to a constant (law linearised)."""
-    free = len(fit.residuals) - NUM_PARAMETERS
-    singular = np.linalg.svd(noise.whiten(fit.jacobian), compute_uv=False)
-    singular = singular[singular > 1e-10 * singular[0]]
-    return free * math.log(max(fit.objective, 1e-300)) + noise.log_det() + 2 * float(np.log(singular).sum())
+    from sovit.analysis import kernel
+
+    information = kernel.log_det_information(
+        np.ascontiguousarray(fit.jacobian.T), noise.inverse_scale, noise.run, noise.shrink
+    )
+    return free * math.log(max(fit.objective, 1e-300)) + noise.log_det() + information
 
 
-def log_standard_error(fit: LawFit, noise: Noise, sigma: float) -> float:
+def log_standard_error(fit: LawFit, noise: Noise, sigma: float, priors: Mapping[str, Prior] | None = None) -> float:
     """Delta-method standard error of log s = log c - log (a + b); inf where the data do not determine it.
 
     xi and eps count as free even when they sit at 0: conservative, for knowing both would halve the error.
@@ -138,6 +200,10 @@ def log_standard_error(fit: LawFit, noise: Noise, sigma: float) -> float:
     gradient[[1, 3]] = -1 / (law.a + law.b)
     gradient[5] = 1 / law.c
     jacobian = noise.whiten(fit.jacobian)
+    for name, prior in (priors or {}).items():
+        row = np.zeros((1, NUM_PARAMETERS))
+        row[0, {"a": 1, "b": 3, "c": 5}[name]] = sigma / (prior.log_sd * getattr(law, name))
+        jacobian = np.vstack((jacobian, row))
     norms = np.linalg.norm(jacobian, axis=0)
     if np.any(norms[[1, 3, 5]] == 0):
         return math.inf
@@ -221,40 +287,3 @@ def jackknife_runs(
     half = float(t_distribution.ppf((1 + level) / 2, num_runs - 1)) * spread
     s = whole.fit.law.exponent
     return Jackknife(s * math.exp(-half), s * math.exp(half) if half < 700 else math.inf, half, tuple(without))
-
-
-def studentized_runs(whole: RunFit) -> Array:
-    """For each run, its mean log residual from the fit of the others over its standard error: t(G - 4) if it belongs.
-
-    The law is linearised at the whole fit, and tau / sigma is chosen again by REML without the run, as an outlier would
-    hide in an inflated tau. nan where too few points remain.
-    """
-    jacobian, residuals, run, scale = whole.fit.jacobian, whole.fit.residuals, whole.noise.run, whole.noise.scale
-    norms = np.linalg.norm(jacobian, axis=0)
-    jacobian = jacobian[:, norms > 0] / norms[norms > 0]
-    values = np.full(whole.num_runs, np.nan)
-    for one in range(whole.num_runs):
-        keep = run != one
-        if keep.sum() <= NUM_PARAMETERS:
-            continue
-        best = math.inf
-        for ratio in _RATIOS:
-            noise = Noise(index_runs(run[keep]), float(ratio), scale[keep])
-            left, singular, rows = np.linalg.svd(noise.whiten(jacobian[keep]), full_matrices=False)
-            left, singular, rows = _leading(left, singular, rows)
-            along = left.T @ noise.whiten(residuals[keep])
-            sigma2 = float(np.sum(noise.whiten(residuals[keep]) ** 2) - along @ along) / (keep.sum() - NUM_PARAMETERS)
-            sigma2 = max(sigma2, 1e-300)
-            criterion = (keep.sum() - NUM_PARAMETERS) * math.log(sigma2) + noise.log_det() + 2 * np.log(singular).sum()
-            if criterion < best:
-                best = float(criterion)
-                mean = rows @ jacobian[~keep].mean(0) / singular
-                expected = np.sum(scale[~keep] ** 2) / (~keep).sum() ** 2 + ratio**2 + mean @ mean
-                values[one] = (residuals[~keep].mean() - mean @ along) / math.sqrt(sigma2 * expected)
-    return values
-
-
-def _leading(left: Array, singular: Array, rows: Array) -> tuple[Array, Array, Array]:
-    """A singular value decomposition without the directions the data do not determine."""
-    keep = singular > 1e-10 * singular[0]
-    return left[:, keep], singular[keep], rows[keep]

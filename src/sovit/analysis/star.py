@@ -30,6 +30,7 @@ from sovit.analysis.intervals import (
 )
 from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, HasShape, Point, dimensions, plain
+from sovit.analysis.specification import BreakTest, break_test, structure_test
 
 SCHEMA = 1
 # Errors near chance belong to the start of the learning curve, which is concave in log t and which the law overshoots.
@@ -91,7 +92,10 @@ class CenterCheck:
 
 @dataclass(frozen=True)
 class ArmFit:
-    """One arm. ``s`` is None, and ``why`` says so, unless ``identified``. sigma, tau: relative, see `intervals`."""
+    """One arm. ``s`` is None, and ``why`` says so, unless ``identified``. sigma, tau: relative, see `intervals`.
+
+    ``break_test``, ``structure_p``: tests of the law on its residuals, see `specification`.
+    """
 
     identified: bool
     why: str | None
@@ -116,6 +120,9 @@ class ArmFit:
     flags: tuple[str, ...]
     warnings: tuple[str, ...]
     outliers: tuple[check.Outlier, ...]
+    outlier_points: tuple[check.OutlierPoint, ...]
+    break_test: BreakTest | None
+    structure_p: float | None
     center_check: tuple[CenterCheck, ...]
 
 
@@ -277,7 +284,11 @@ def _fit_arm(
     jackknife = None
     if run_fit and isinstance(found, Interval):
         jackknife = jackknife_runs(*check.vectors(name, used), run_fit, level=level)
-    outliers = check.outliers(used, run_fit, jackknife) if run_fit and jackknife else ()
+    outliers = check.outliers(name, used, run_fit, jackknife) if run_fit and jackknife else ()
+    x, t, *_ = check.vectors(name, used)
+    enough = run_fit if run_fit and run_fit.num_runs >= 5 else None
+    broken = break_test(x, t, enough) if enough else None
+    structure_p = structure_test(x, t, enough) if enough else None
     flags = run_fit.fit.flags if run_fit else ()
     return ArmFit(
         identified=reason is None,
@@ -311,8 +322,12 @@ def _fit_arm(
         converged=run_fit.fit.converged if run_fit else None,
         spread=run_fit.fit.spread if run_fit else None,
         flags=flags,
-        warnings=tuple(_warnings(points, slices, run_fit, interval, jackknife, cutoff_range, outliers)),
+        warnings=tuple(_warnings(points, slices, run_fit, interval, jackknife, cutoff_range, outliers))
+        + _law_warnings(broken, structure_p),
         outliers=outliers,
+        outlier_points=check.outlier_points(used, run_fit) if run_fit else (),
+        break_test=broken,
+        structure_p=structure_p,
         center_check=_center_check(name, law, at_center, headline) if law else (),
     )
 
@@ -351,6 +366,18 @@ def _warnings(
         if fit.fit.converged < 0.5:
             texts.append(f"only {fit.fit.converged:.0%} of the starts reached the best fit")
     return texts
+
+
+def _law_warnings(broken: BreakTest | None, structure_p: float | None) -> tuple[str, ...]:
+    texts = []
+    if broken and broken.p <= 0.05:
+        texts.append(
+            f"the data exponent c changes to {broken.factor:.2g} times its value near {broken.t_gflops:.3g} GFLOPs "
+            f"(p = {broken.p:.2g}): s is not one number over this range"
+        )
+    if structure_p is not None and structure_p <= 0.05:
+        texts.append(f"smooth structure is left in the residuals (RESET, p = {structure_p:.2g})")
+    return tuple(texts)
 
 
 def _center_check(name: str, law: Law, at_center: Sequence[Point], headline: float) -> tuple[CenterCheck, ...]:
