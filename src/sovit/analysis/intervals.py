@@ -21,6 +21,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
 from sovit.analysis.fit import BOX, MAX_EXPONENT, NUM_PARAMETERS, Array, LawFit, Noise, Prior, fit_law
+from sovit.analysis.varpro import restricted
 
 MIN_RUNS, MIN_SIZES = 5, 4
 RATIOS = (0.0, *np.geomspace(0.1, 30.0, 20))  # tau / sigma
@@ -120,17 +121,16 @@ def _reml_fit(
     def fit_at(ratio: float, fit: LawFit | None = None, sigma: float = 0.0) -> tuple[LawFit, Noise]:
         noise = Noise(index, ratio, scale)
         starts = [fit.exponents] if fit else []
-        pull = {"priors": priors, "sigma": sigma} if priors and sigma else {}
-        return fit_law(x, t, error, noise=noise, starts=starts, **pull), noise
+        return fit_law(x, t, error, noise=noise, starts=starts, priors=priors if sigma else None, sigma=sigma), noise
 
     def sigma_of(fit: LawFit, noise: Noise) -> float:
         return math.sqrt(float(np.sum(noise.whiten(fit.residuals) ** 2)) / free)
 
     cold, noise = fit_at(0.0)
-    fit, best, ratio = cold, _reml(cold, noise, free), 0.0
+    fit, best, ratio = cold, restricted(cold.objective, cold.jacobian, noise, free), 0.0
     for trial in RATIOS[1:] if num_runs > 1 else ():
         fit, noise = fit_at(float(trial), fit)
-        criterion = _reml(fit, noise, free)
+        criterion = restricted(fit.objective, fit.jacobian, noise, free)
         if criterion < best:
             best, ratio = criterion, float(trial)
         elif criterion > best + _FAR_WORSE:
@@ -178,16 +178,6 @@ def exponent_interval(
         return profile_interval(x, t, error, whole, level)
     s = whole.fit.law.exponent
     return Interval(s, s * math.exp(-half), s * math.exp(half), "REML, Wald on log s, t(G-3)")
-
-
-def _reml(fit: LawFit, noise: Noise, free: float) -> float:
-    """-2 x the restricted log likelihood of tau / sigma, sigma profiled out, up to a constant (law linearised)."""
-    from sovit.analysis import kernel
-
-    information = kernel.log_det_information(
-        np.ascontiguousarray(fit.jacobian.T), noise.inverse_scale, noise.run, noise.shrink
-    )
-    return free * math.log(max(fit.objective, 1e-300)) + noise.log_det() + information
 
 
 def log_standard_error(fit: LawFit, noise: Noise, sigma: float, priors: Mapping[str, Prior] | None = None) -> float:

@@ -15,11 +15,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from sovit.analysis.fit import NUM_PARAMETERS, Array, Noise, law_logs
 from sovit.analysis.intervals import RATIOS, RunFit, index_runs
 from sovit.analysis.varpro import refit
+
+Index = NDArray[np.intp]
 
 NUM_DRAWS = 999
 NUM_RUN_DRAWS = 199  # each is refitted without every run
@@ -223,7 +225,7 @@ def _designs(whole: RunFit, residuals: Array) -> list[_Design]:
     return designs
 
 
-def _chosen(whole: RunFit, residuals: Array) -> list[tuple[_Design, Array]]:
+def _chosen(whole: RunFit, residuals: Array) -> list[tuple[_Design, Index]]:
     """For each tau / sigma that REML chooses for some column of ``residuals``, its design and which columns."""
     designs = _designs(whole, residuals)
     criteria = [_restricted(design)[0] for design in designs]
@@ -248,7 +250,7 @@ def _off(columns: Array, basis: Array) -> Array:
     return columns - basis @ (basis.T @ columns)
 
 
-def _sum_by_run(values: Array, run: Array, num_runs: int) -> Array:
+def _sum_by_run(values: Array, run: Index, num_runs: int) -> Array:
     sums = np.zeros((num_runs, values.shape[1]))
     np.add.at(sums, run, values)
     return sums

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from sovit import records
 from sovit.analysis import diagnostics as check
-from sovit.analysis.fit import BOX
+from sovit.analysis.fit import BOX, Prior
 from sovit.analysis.intervals import (
     Interval,
     Jackknife,
@@ -30,6 +30,7 @@ from sovit.analysis.intervals import (
 )
 from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, HasShape, Point, dimensions, plain
+from sovit.analysis.shared import SharedFit, fit_shared
 from sovit.analysis.specification import BreakTest, break_test, structure_test
 
 SCHEMA = 1
@@ -138,6 +139,7 @@ class StarFit:
     excluded: tuple[Exclusion, ...]
     warnings: tuple[str, ...]
     fit: dict[str, Any]
+    shared: SharedFit | None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, the content of fit.json; an open end of an interval is null above and 0 below."""
@@ -159,12 +161,15 @@ def fit_star(
     cutoffs: Sequence[float] = CUTOFFS,
     headline: float = HEADLINE,
     weights: str = "equal",
+    priors: Mapping[str, Prior] | None = None,
+    share: Sequence[str] = (),
 ) -> StarFit:
     """Fit every arm of a star.
 
     ``cutoffs``: largest errors fitted, ``headline`` the one that counts. ``weights``: ``"equal"`` gives all points the
-    same relative precision, ``"stderr"`` that of their own standard error. Raises ValueError if the points are no star
-    or an option has no meaning.
+    same relative precision, ``"stderr"`` that of their own standard error. ``priors``: on the exponents a, b, c of every
+    arm (see `fit_law`). ``share``: parameters among c, xi, eps that a second fit of all arms holds in common (see
+    `shared`). Raises ValueError if the points are no star or an option has no meaning.
     """
     if weights not in ("equal", "stderr"):
         raise ValueError(f"weights={weights!r} is not known; write 'equal' or 'stderr'.")
@@ -182,7 +187,9 @@ def fit_star(
         group = [point for point in usable if arm_of[dimensions(point)] == name]
         if name in arm_of.values():
             at_center = [point for point in usable if arm_of[dimensions(point)] is None]
-            arms[name] = _fit_arm(name, group, at_center, sorted(cutoffs, reverse=True), headline, level, weights)
+            arms[name] = _fit_arm(
+                name, group, at_center, sorted(cutoffs, reverse=True), headline, level, weights, priors
+            )
             if len(seeds) > 1:
                 by_seed[name] = {seed: _seed_interval(name, group, seed, headline, level, weights) for seed in seeds}
     rows = []
@@ -207,7 +214,13 @@ def fit_star(
         points=tuple(rows),
         excluded=tuple(exclusions),
         warnings=tuple(warnings),
-        fit=_description(cutoffs, headline, level, weights),
+        fit=_description(cutoffs, headline, level, weights) | ({"priors": plain(priors)} if priors else {}),
+        shared=_share(
+            share,
+            {name: [p for p in usable if arm_of[dimensions(p)] == name and p.error <= headline] for name in arms},
+            weights,
+            level,
+        ),
     )
 
 
@@ -220,11 +233,23 @@ def _arm(shape: Dimensions, center: Dimensions) -> str | None:
     return different[0] if different else None
 
 
-def _fit(name: str, points: Sequence[Point], weights: str) -> RunFit | str:
+def _fit(name: str, points: Sequence[Point], weights: str, priors: Mapping[str, Prior] | None = None) -> RunFit | str:
     """The fit, or why there is none."""
     return check.too_few(name, points) or fit_with_runs(
-        *check.vectors(name, points), scale=check.scales(points, weights)
+        *check.vectors(name, points), scale=check.scales(points, weights), priors=priors
     )
+
+
+def _share(share: Sequence[str], groups: Mapping[str, Sequence[Point]], weights: str, level: float) -> SharedFit | None:
+    """All arms fitted together, those of them that can be fitted at all."""
+    if not share:
+        return None
+    arms = {}
+    for name, used in groups.items():
+        fit = _fit(name, used, weights)
+        if not isinstance(fit, str):
+            arms[name] = (*check.vectors(name, used)[:3], fit)
+    return fit_shared(arms, share, level=level)
 
 
 def _interval(name: str, points: Sequence[Point], fit: RunFit | str, level: float) -> Interval | str:
@@ -268,9 +293,10 @@ def _fit_arm(
     headline: float,
     level: float,
     weights: str,
+    priors: Mapping[str, Prior] | None,
 ) -> ArmFit:
     used = [point for point in points if point.error <= headline]
-    whole = _fit(name, used, weights)
+    whole = _fit(name, used, weights, priors)
     rows = check.cutoff_fits(name, points, whole, weights, cutoffs, headline)
     distinct = {row.num_points: row.s for row in rows if row.s is not None}.values()
     cutoff_range = (min(distinct), max(distinct)) if len(distinct) > 1 else None

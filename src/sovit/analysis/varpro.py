@@ -9,6 +9,7 @@ objective is a sum of squares over points, never a mean. The arithmetic is in `s
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -162,6 +163,19 @@ def refit(
         _pull(None, num_exponents), bottom, top,
     )  # fmt: skip
     return objectives[:, 0], np.exp(thetas), coefficients
+
+
+def restricted(objective: float, jacobian: Array, noise: Noise, free: float) -> float:
+    """-2 x the restricted log likelihood of tau / sigma (Patterson and Thompson 1971), up to a constant.
+
+    ``objective``: sum of squares of the whitened residuals, from which sigma is profiled out over ``free`` degrees of
+    freedom; ``jacobian`` (n, parameters) of the linearised log law, not whitened.
+    """
+    from sovit.analysis import kernel
+
+    rows = np.ascontiguousarray(jacobian.T)
+    information = kernel.log_det_information(rows, noise.inverse_scale, noise.run, noise.shrink)
+    return free * math.log(max(objective, 1e-300)) + noise.log_det() + information
 
 
 def _bounds(value: float | Array, num_exponents: int) -> Array:

@@ -1,0 +1,75 @@
+"""Do the tests of the model alarm when they should, and only then?
+
+    python benchmarks/specification.py       about twenty minutes on two cores
+
+A clean arm should alarm in 5%. "run" makes one run, chosen at random, 2% worse; named = the alarm names that run and no
+worse one. "c" halves the data exponent from the middle compute on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+
+from sovit.analysis.intervals import fit_with_runs
+from sovit.analysis.specification import break_test, run_test, structure_test
+from truths import LAWS, SIGMA, design, draw, write
+
+CASES = {"clean": (0.5, 1.0, 2.0), "run": (0.0, 0.25, 0.5, 1.0), "c": (0.0, 0.5, 1.0)}
+
+
+def study(case: tuple[str, int, str, float, int]) -> str:
+    dimension, num_seeds, kind, tau, replicates = case
+    law = LAWS[dimension]
+    x, t, run = design(dimension, num_seeds)
+    truth = law.error(x, t)
+    if kind == "c":
+        slow = law.alpha * x**-law.a + (law.beta * x**law.b + law.xi) * t ** (-law.c / 2) + law.eps
+        truth = np.where(t <= 1, truth, slow)
+    rng = np.random.default_rng([num_seeds, int(100 * tau), len(kind), len(dimension)])
+    alarms, named = np.zeros(3), 0
+    for _ in range(replicates):
+        error = draw(rng, truth, t, run, tau * SIGMA)
+        bad = int(rng.integers(run.max() + 1))
+        if kind == "run":
+            error = error * np.where(run == bad, 1.02, 1.0)
+        whole = fit_with_runs(x, t, error, run)
+        found = run_test(x, t, whole, num_draws=199)
+        p = (np.nanmin(found.p), break_test(x, t, whole, num_draws=199).p, structure_test(x, t, whole, num_draws=199))
+        alarms += np.array(p) <= 0.05
+        named += p[0] <= 0.05 and int(np.nanargmax(np.abs(found.t))) == bad
+    shares = [f"{share:.1%}" for share in alarms / replicates]
+    name = f"{named / replicates:.1%}" if kind == "run" else "-"
+    cells = [dimension, str(7 * num_seeds), kind, f"{tau:g}", str(replicates), shares[0], name, *shares[1:]]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--replicates", type=int, default=400)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", default="benchmarks/specification.md")
+    arguments = parser.parse_args()
+    cases = [
+        ("depth", seeds, kind, tau, arguments.replicates // (1 if seeds == 1 else 2))
+        for seeds in (1, 3)
+        for kind, taus in CASES.items()
+        for tau in taus
+    ]
+    study((*cases[0][:4], 1))  # compiles, so that the workers find it done
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(study, cases))
+    head = [
+        f"Depth arm, 7 sizes x 14 durations, sigma = {SIGMA:.1%}, tests at 5%.",
+        "",
+        "| arm | runs | truth | tau / sigma | arms | a run is off | and is named | c changes | RESET |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    write(arguments.out, f"python benchmarks/specification.py --replicates {arguments.replicates}", head + rows)
+
+
+if __name__ == "__main__":
+    main()
