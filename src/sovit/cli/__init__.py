@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from sovit import __version__
-from sovit.cli import fit, shape, sweep
+from sovit.cli import design, fit, shape, sweep
 
-COMMANDS = (shape, sweep, fit)  # modules with add(commands); the order of sovit --help
+COMMANDS = (shape, sweep, fit, design)  # modules with add(commands); the order of sovit --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sovit.cli.expected import LAW_HELP, NOISE_HELP, gflops
 from sovit.cli.options import DEFAULT_METRIC, positive
 
 
@@ -18,6 +19,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     plan.add_argument(
         "--tflops", type=float, metavar="PEAK", help="of one GPU (default: 312, of which 40%% are reached)"
     )
+    plan.add_argument("--noise", metavar="LIST", help=f"print what the star will tell: {NOISE_HELP}")
+    plan.add_argument("--law", type=Path, metavar="FIT", help=LAW_HELP)
+    plan.add_argument("--target", type=gflops, metavar="T", help="with --noise: compute of the shape to predict")
     plan.set_defaults(command=_plan)
     run.add_argument("--retry-failed", action="store_true", help="also run cells that failed or diverged before")
     run.set_defaults(command=_run)
@@ -30,15 +34,23 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from sovit.launch import display
     from sovit.launch.plan import PEAK_TFLOPS, plan
-    from sovit.launch.sweep import load_sweep
+    from sovit.launch.sweep import load_sweep, metric_of
 
-    made = plan(
-        load_sweep(arguments.file, arguments.overrides),
-        workers=arguments.workers,
-        peak_tflops=arguments.tflops or PEAK_TFLOPS,
-    )
+    asked = arguments.noise is not None or arguments.law is not None
+    if arguments.target and not asked:
+        raise ValueError("--target needs --noise or --law; write --noise sigma=0.005,tau=0.005.")
+    sweep = load_sweep(arguments.file, arguments.overrides)
+    made = plan(sweep, workers=arguments.workers, peak_tflops=arguments.tflops or PEAK_TFLOPS)
+    told = None
+    if asked:
+        from sovit.cli.expected import plan_text
+
+        metric = metric_of(sweep.metric["name"])
+        told = plan_text(made, metric, arguments.noise, arguments.law, arguments.target)
     display.print_table(display.plan_table(made))
     print(display.plan_summary(made))
+    if told:
+        print(f"\n{told}")
     return 0
 
 
