@@ -99,11 +99,14 @@ def read_progress(directory: Path) -> dict[str, Any] | None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not valid JSON; delete it and run the cell again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; delete it and run the cell again.")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +22,7 @@ import numpy as np
 from sovit import records
 
 EXCLUSIONS = "exclusions.csv"
+IMPORTS = "import.json"  # what `sovit import` noted: its sources, and the rows it left out
 DIMENSIONS = ("width", "depth", "mlp_dim")
 
 
@@ -94,12 +96,17 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
     exclusions: list[Exclusion] = []
     available: set[tuple[str, int]] = set()
     weights: dict[str, str] = {}
+    owners: dict[str, str] = {}
     recipes: dict[str, dict[str, Any]] = {}
     for run_dir in run_dirs:
         reason = left_out.get(run_dir.name) or _not_done(run_dir)
         if reason is None:
-            recipes[run_dir.name] = _recipe((records.read_run(run_dir) or {}).get("config", {}))
-            rows = [row for row in _read_rows(run_dir / records.EVALS) if row["step"] > 0]
+            rows = read_rows(run_dir / records.EVALS)
+            _check_copy(run_dir, rows, owners)
+            if rows:
+                config = (records.read_run(run_dir) or {}).get("config") or {}
+                recipes[run_dir.name] = _recipe(config) | {"sweep": rows[0].get("sweep")}
+            rows = [row for row in rows if row["step"] > 0]
             available |= {(row["dataset"], row["shots"]) for row in rows}
             rows = [row for row in rows if row["dataset"] == dataset and row["shots"] == shots]
             weights |= {row["weights"]: run_dir.name for row in rows}
@@ -107,6 +114,7 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
             reason = None if rows else f"no evaluation of {dataset} at {shots} shots"
         if reason is not None:
             exclusions.append(Exclusion(run_dir.name, reason))
+    exclusions += _not_imported(sweep_dir / IMPORTS)
     if len(weights) > 1:
         found = ", ".join(f"{kind} ({run})" for kind, run in sorted(weights.items()))
         raise ValueError(f"{sweep_dir} mixes evaluated weights: {found}; exclude the runs of one kind in {EXCLUSIONS}.")
@@ -160,19 +168,37 @@ def _check_recipes(sweep_dir: Path, recipes: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _read_exclusions(path: Path, run_ids: set[str]) -> dict[str, str]:
-    if not path.exists():
+    try:
+        lines = [row for row in csv.reader(io.StringIO(path.read_text(), newline="")) if row]
+    except FileNotFoundError:
         return {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != ["run_id", "reason"]:
-            raise ValueError(f"{path} starts with {reader.fieldnames}; its first line must be run_id,reason.")
-        rows = list(reader)
-    for row in rows:
-        if row["run_id"] not in run_ids:
-            raise ValueError(f"{path} excludes {row['run_id']!r}, which is no run of this sweep; correct the name.")
-        if not (row["reason"] or "").strip():
-            raise ValueError(f"{path} gives no reason for excluding {row['run_id']}; write one.")
-    return {row["run_id"]: f"{EXCLUSIONS}: {row['reason'].strip()}" for row in rows}
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path} is no text with commas; write run_id,reason and a line for each run.") from None
+    if not lines or lines[0] != ["run_id", "reason"]:
+        raise ValueError(f"{path} starts with {lines[0] if lines else None}; its first line must be run_id,reason.")
+    reasons: dict[str, str] = {}
+    for run_id, *words in lines[1:]:
+        if run_id not in run_ids:
+            raise ValueError(f"{path} excludes {run_id!r}, which is no run of this sweep; correct the name.")
+        if run_id in reasons:
+            raise ValueError(f"{path} excludes {run_id} twice; keep one line.")
+        if len(words) > 1:
+            raise ValueError(f"{path} has {len(words) + 1} fields for {run_id}; quote a reason that holds a comma.")
+        if not words or not words[0].strip():
+            raise ValueError(f"{path} gives no reason for excluding {run_id}; write one.")
+        reasons[run_id] = f"{EXCLUSIONS}: {words[0].strip()}"
+    return reasons
+
+
+def _not_imported(path: Path) -> list[Exclusion]:
+    """The rows that an import left out, by where they stood."""
+    try:
+        imports = json.loads(path.read_text())["imports"]
+        return [Exclusion(row["where"], f"not imported: {row['why']}") for one in imports for row in one["left_out"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not what an import wrote; move it away, or import again.") from None
 
 
 def _not_done(run_dir: Path) -> str | None:
@@ -180,9 +206,18 @@ def _not_done(run_dir: Path) -> str | None:
     record = records.read_run(run_dir)
     if record is None:
         return f"no {records.RUN}"
+    if record.get("schema", records.SCHEMA) != records.SCHEMA:
+        raise ValueError(
+            f"{run_dir / records.RUN} has schema {record['schema']!r}, this version reads {records.SCHEMA}; "
+            f"exclude the run in {EXCLUSIONS}."
+        )
+    if not isinstance(record.get("config") or {}, Mapping):
+        raise ValueError(f"{run_dir / records.RUN} has a config that is no mapping; exclude the run in {EXCLUSIONS}.")
     status = record.get("status")
     if status == records.DONE:
         return None
+    if status is None:
+        return f"{records.RUN} says no status"
     reason = f"{status}: {record['reason']}" if record.get("reason") else f"{status}"
     evals = run_dir / records.EVALS
     if evals.exists() and evals.stat().st_size and not evals.read_bytes().endswith(b"\n"):
@@ -190,23 +225,70 @@ def _not_done(run_dir: Path) -> str | None:
     return reason
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every evaluation of a run. Raises ValueError for a row that is none, and for rows of more than one shape."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
         return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text; delete the run's directory and run the cell again.") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{where} is not valid JSON; delete the run's directory and run the cell again.") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is no JSON object; delete the run's directory and run the cell again.")
         if row.get("schema") != records.SCHEMA:
             raise ValueError(f"{where} has schema {row.get('schema')!r}, this version reads {records.SCHEMA}.")
-        error = row["error"]
-        if error is None or not 0 <= error <= 1:
-            raise ValueError(f"{where} has error {error}, which is not in [0, 1]; exclude the run in {EXCLUSIONS}.")
+        wrong = next((key for key, fits in _FIELDS.items() if not fits(row.get(key))), None)
+        if wrong is not None:
+            known = f"{wrong} {row[wrong]!r:.40}, which is not {_MEANT[wrong]}" if wrong in row else f"no {wrong}"
+            raise ValueError(f"{where} has {known}; exclude the run in {EXCLUSIONS}.")
+        if row["step"] > 0 and row["t_gflops"] == 0:
+            raise ValueError(f"{where} has t_gflops 0 after step 0; exclude the run in {EXCLUSIONS}.")
+        if rows and any(row[key] != rows[0][key] for key in (*DIMENSIONS, "seed")):
+            raise ValueError(f"{where} has another shape or seed than line 1; exclude the run in {EXCLUSIONS}.")
         rows.append(row)
     return rows
+
+
+def _whole(least: int, most: int = 10_000_000) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _amount(most: float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+
+
+_COUNT, _WORD = _whole(0, 2**63), lambda value: isinstance(value, str)
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(DIMENSIONS, _whole(1)),
+    **dict.fromkeys(("seed", "step", "shots", "draw"), _COUNT),
+    **dict.fromkeys(("duration", "weights", "dataset"), _WORD),
+    "t_gflops": _amount(1e30),
+    "error": _amount(1.0),
+    "stderr": lambda value: value is None or _amount(1.0)(value),
+}
+_MEANT = {
+    **dict.fromkeys(DIMENSIONS, "a whole number from 1 to 10,000,000"),
+    **dict.fromkeys(("seed", "step", "shots", "draw"), "a whole number of at least 0"),
+    **dict.fromkeys(("duration", "weights", "dataset"), "text"),
+    "t_gflops": "an amount of compute",
+    "error": "in [0, 1]",
+    "stderr": "in [0, 1]",
+}
+
+
+def _check_copy(run_dir: Path, rows: list[dict[str, Any]], owners: dict[str, str]) -> None:
+    """A copied directory would count one run twice, as if it were two."""
+    for run_id in {row["run_id"] for row in rows if row.get("run_id")}:
+        owner = owners.setdefault(str(run_id), run_dir.name)
+        if owner != run_dir.name:
+            raise ValueError(f"{owner} and {run_dir.name} both hold run {run_id}; delete or exclude the copy.")
 
 
 def _average(rows: list[dict[str, Any]], run_dir: Path) -> list[Point]:

@@ -202,8 +202,10 @@ def fit_star(
             why_not = f"error {point.error:.3g} is above the cut-off {headline:g}"
         rows.append(plain(point) | {"arm": arm, "used": why_not is None, "why_not": why_not})
     warnings = [f"{name}: {text}" for name, fit in arms.items() for text in fit.warnings]
+    if None not in arm_of.values():
+        warnings.append(f"no run at the center {middle}: nothing is held out that the laws could be checked against")
     if exclusions:
-        warnings.append(f"{len(exclusions)} runs of the sweep are left out")
+        warnings.append(f"{len(exclusions)} runs, or rows of an import, are left out")
     return StarFit(
         sweep=sweep,
         metric={"dataset": dataset, "shots": shots},

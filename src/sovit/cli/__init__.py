@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from sovit import __version__
-from sovit.cli import design, fit, shape, sweep
+from sovit.cli import design, fit, importers, shape, sweep
 
-COMMANDS = (shape, sweep, fit, design)  # modules with add(commands); the order of sovit --help
+COMMANDS = (shape, sweep, fit, design, importers)  # modules with add(commands); the order of sovit --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # sovit plan FILE | head
         sys.stderr.close()
         return 0
+    except OSError as error:  # no permission, a directory where a file should be, a full disk
+        print(f"sovit {arguments.name}: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
