@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from sovit import records
+from sovit.config import RunConfig
 from sovit.launch.local import run_sweep
 from sovit.launch.plan import Cell, Plan
 from sovit.shape import Shape
@@ -28,6 +29,7 @@ def plan(
     cells = [
         Cell(
             overrides=[str(root), name, deed, config_hash],
+            config=RunConfig(),
             run_id=f"fake-{name}",
             run_dir=root / "fake" / f"fake-{name}",
             config_hash=config_hash,

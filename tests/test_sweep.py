@@ -51,7 +51,9 @@ def write(path: Path, body: str, head: str = HEAD) -> Path:
 
 
 def test_every_shipped_file_is_tested_here() -> None:
-    assert {file.stem for file in FILES} == {"star_smoke", "star_tiny", "star", "grid_tiny", "grid", "lr_check"}
+    assert {file.stem for file in FILES} == {
+        "star_smoke", "star_tiny", "star", "grid_tiny", "grid", "diagonal_tiny", "diagonal", "lr_check",
+    }  # fmt: skip
 
 
 def test_the_star_is_the_published_one() -> None:

@@ -152,7 +152,8 @@ def _point_weights(residuals: Array, run: NDArray[np.intp]) -> Array:
     centred = np.array(residuals, float)
     for one in range(int(run.max()) + 1):
         centred[run == one] -= np.median(centred[run == one])
-    spread = 1.4826 * float(np.median(np.abs(centred)))
+    free = max(len(centred) - int(run.max()) - 4, 1)  # the runs' medians and the law's slopes in t take their share
+    spread = 1.4826 * float(np.median(np.abs(centred))) * math.sqrt(len(centred) / free)
     if not spread > 0 or np.abs(centred).max() <= _FAR_POINT * spread:
         return np.ones(len(centred))
     inside = np.clip(1 - (centred / (_BISQUARE * spread)) ** 2, 0.0, 1.0)

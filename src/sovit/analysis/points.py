@@ -104,8 +104,9 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
             rows = read_rows(run_dir / records.EVALS)
             _check_copy(run_dir, rows, owners)
             if rows:
-                config = (records.read_run(run_dir) or {}).get("config") or {}
-                recipes[run_dir.name] = _recipe(config) | {"sweep": rows[0].get("sweep")}
+                record = records.read_run(run_dir) or {}
+                origin = {"sweep": rows[0].get("sweep"), "simulated": "simulated" in record}
+                recipes[run_dir.name] = _recipe(record.get("config") or {}) | origin
             rows = [row for row in rows if row["step"] > 0]
             available |= {(row["dataset"], row["shots"]) for row in rows}
             rows = [row for row in rows if row["dataset"] == dataset and row["shots"] == shots]

@@ -295,7 +295,7 @@ def _fit_arm(
     headline: float,
     level: float,
     weights: str,
-    priors: Mapping[str, Prior] | None,
+    priors: Mapping[str, Prior] | None = None,
 ) -> ArmFit:
     used = [point for point in points if point.error <= headline]
     whole = _fit(name, used, weights, priors)

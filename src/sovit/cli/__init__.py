@@ -11,9 +11,18 @@ import sys
 from collections.abc import Sequence
 
 from sovit import __version__
-from sovit.cli import design, fit, importers, shape, sweep
+from sovit.cli import check, design, fit, importers, predict, shape, simulate, sweep
 
-COMMANDS = (shape, sweep, fit, design, importers)  # modules with add(commands); the order of sovit --help
+COMMANDS = (
+    shape,
+    sweep,
+    fit,
+    check,
+    predict,
+    design,
+    simulate,
+    importers,
+)  # modules with add(commands); the order of sovit --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,65 +5,87 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sovit.cli.options import DEFAULT_METRIC, positive
 
 if TYPE_CHECKING:
-    from sovit.analysis.grid import GridFit
-    from sovit.analysis.points import Dimensions, Point
-    from sovit.analysis.star import StarFit
+    from sovit.analysis.points import Dimensions, Exclusion, Point
+
+_SHAPE = re.compile(r"[1-9]\d{0,6}x[1-9]\d{0,6}x[1-9]\d{0,6}")
+_DRAWS = 200  # simulated sweeps behind a p-value of the checks; sovit check draws more
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     fit = commands.add_parser("fit", help="scaling exponents or the best shape from the runs of a sweep")
-    fit.add_argument("runs", type=Path, help="directory of a sweep's runs, such as runs/star_tiny")
+    fit.add_argument("runs", type=Path, nargs="+", help="directory of a sweep's runs, such as runs/star_tiny")
     fit.add_argument("--dataset", default=DEFAULT_METRIC[0], help="default: %(default)s")
     fit.add_argument("--shots", type=positive, default=DEFAULT_METRIC[1], help="default: %(default)s")
     fit.add_argument("--center", metavar="WxDxM", help="of a star; found from the shapes unless there is one arm only")
+    fit.add_argument(
+        "--law", choices=("paper", "flops"), default="paper",
+        help="flops: one law over several sweeps that knows what a shape costs (default: the paper's, one sweep)",
+    )  # fmt: skip
+    fit.add_argument(
+        "--direction", metavar="FIT|LIST",
+        help="of a diagonal: the fit.json of a star, or width=0.22,depth=0.45,mlp=0.6 (default: from the shapes)",
+    )  # fmt: skip
+    fit.add_argument("--origin", metavar="FIT|WxDxM", help="of a diagonal: the fit.json of a grid, or a shape")
+    fit.add_argument(
+        "--prior", type=_prior, action="append", default=[], metavar="NAME=VALUE:SPREAD",
+        help="a star's a, b or c is known: c=0.65:0.1 is 0.65 give or take a tenth of an e-fold",
+    )  # fmt: skip
+    fit.add_argument(
+        "--share", metavar="LIST", help="fit a star's arms also with c, xi or eps in common, such as c,eps"
+    )
+    fit.add_argument("--no-checks", action="store_true", help="leave out the checks of sovit check (some seconds)")
     fit.add_argument("--out", type=Path, help="directory for fit.json and the report (default: the runs directory)")
     fit.set_defaults(command=_fit)
+
+
+def _prior(text: str) -> tuple[str, float, float]:
+    match = re.fullmatch(r"([abc])=([0-9.]+(?:e-?[0-9]+)?):([0-9.]+(?:e-?[0-9]+)?)", text)
+    try:
+        value, spread = (float(number) for number in match.groups()[1:]) if match else (0.0, 0.0)
+    except ValueError:
+        value = spread = 0.0
+    if not match or not (value > 0 and spread > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no prior; write a, b or c, such as c=0.65:0.1")
+    return match[1], value, spread
 
 
 def _fit(arguments: argparse.Namespace) -> int:
     from sovit.analysis import report
 
-    directory, dataset, shots = arguments.runs, arguments.dataset, arguments.shots
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory; give the directory that holds a sweep's runs.")
-    out = arguments.out or directory
-    inputs = _fit_inputs(directory, dataset, shots, arguments.center)
+    directories, dataset, shots = arguments.runs, arguments.dataset, arguments.shots
+    for directory in directories:
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is not a directory; give the directory that holds a sweep's runs.")
+    first = directories[0]
+    if len(directories) > 1 and arguments.law != "flops":
+        raise ValueError(f"{len(directories)} sweeps are fitted together by --law flops only; give one, or that.")
+    joined = first.parent / "+".join(directory.resolve().name for directory in directories)
+    out = arguments.out or (joined if len(directories) > 1 else first / "flops" if arguments.law == "flops" else first)
+    inputs = _fit_inputs(arguments)
     fit = _up_to_date(out, inputs)
     if fit is not None:
-        print(report.text(fit, report.read_runs(directory)))
+        print(report.text(fit, _runs(directories)))
         print(f"\nNothing has changed since the last fit: {out / 'fit.json'}, {out / 'report.html'}")
         return 0
 
     from sovit import records
-    from sovit.analysis.grid import fit_grid, sweep_kind
     from sovit.analysis.points import load_points
-    from sovit.analysis.star import fit_star
 
-    points, exclusions = load_points(directory, dataset, shots)
-    if not points:
-        why = f": {exclusions[0].run_id} is left out ({exclusions[0].reason})" if exclusions else ""
-        raise ValueError(f"{directory} holds no finished run{why}; see sovit status {directory}.")
-    about: dict[str, Any] = {
-        "sweep": directory.resolve().name,
-        "dataset": dataset,
-        "shots": shots,
-        "exclusions": exclusions,
-    }
-    if sweep_kind(points) == "star":
-        found: StarFit | GridFit = fit_star(points, _center(arguments.center, points), **about)
-    elif arguments.center:
-        raise ValueError(f"--center {arguments.center} is for a star; the runs of {directory} are a grid.")
-    else:
-        found = fit_grid(points, **about)
-    runs = report.read_runs(directory)
-    fit = found.as_dict() | {"inputs": inputs}
+    loaded = {directory: load_points(directory, dataset, shots) for directory in directories}
+    for directory, (points, exclusions) in loaded.items():
+        if not points:
+            why = f": {exclusions[0].run_id} is left out ({exclusions[0].reason})" if exclusions else ""
+            raise ValueError(f"{directory} holds no finished run{why}; see sovit status {directory}.")
+    found = _joint(arguments, loaded) if arguments.law == "flops" else _one_sweep(arguments, first, *loaded[first])
+    runs = _runs(directories)
+    fit = found | {"inputs": inputs}
     out.mkdir(parents=True, exist_ok=True)
     page = report.write_report(fit, runs, out)
     records.write_json(out / "fit.json", fit)  # last: it vouches for the page
@@ -72,14 +94,103 @@ def _fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _runs(directories: Sequence[Path]) -> list[dict[str, Any]]:
+    from sovit.analysis import report
+
+    return [run for directory in directories for run in report.read_runs(directory)]
+
+
+def _one_sweep(
+    arguments: argparse.Namespace, directory: Path, points: Sequence[Point], exclusions: Sequence[Exclusion]
+) -> dict[str, Any]:
+    """The fit.json of a star, a grid or a diagonal, whichever the shapes are."""
+    from sovit.analysis import doubts
+    from sovit.analysis.diagonal import fit_diagonal, is_diagonal
+    from sovit.analysis.fit import Prior
+    from sovit.analysis.grid import fit_grid, load_shots, sweep_kind
+    from sovit.analysis.star import fit_star
+    from sovit.cli.check import metrics
+
+    metric = {"dataset": arguments.dataset, "shots": arguments.shots}
+    about: dict[str, Any] = {"sweep": directory.resolve().name, "exclusions": exclusions} | metric
+    kind = "diagonal" if is_diagonal(points) else sweep_kind(points)
+    of_a_star = {"--center": arguments.center, "--prior": arguments.prior, "--share": arguments.share}
+    of_a_diagonal = {"--direction": arguments.direction, "--origin": arguments.origin}
+    foreign = (of_a_star if kind != "star" else {}) | (of_a_diagonal if kind != "diagonal" else {})
+    for option, value in foreign.items():
+        if value:
+            raise ValueError(
+                f"{option} is for a {'star' if option in of_a_star else 'diagonal'}; {directory} is a {kind}."
+            )
+    if kind == "diagonal":
+        direction, origin = _direction(arguments.direction), _origin(arguments.origin)
+        return fit_diagonal(points, direction=direction, origin=origin, **about).as_dict()
+    if kind == "grid":
+        found = fit_grid(points, by_shots=load_shots(directory, arguments.dataset), **about).as_dict()
+        return found if arguments.no_checks else found | {"checks": doubts.check_grid(points, draws=_DRAWS)}
+    center = _center(arguments.center, points)
+    priors = {name: Prior(value, spread) for name, value, spread in arguments.prior}
+    share = [name.strip() for name in arguments.share.split(",")] if arguments.share else ()
+    found = fit_star(points, center, priors=priors or None, share=share, **about).as_dict()
+    if arguments.no_checks:
+        return found
+    from sovit.analysis.points import load_points
+
+    by_metric = {key: load_points(directory, *key)[0] for key in metrics(directory)}
+    key = (arguments.dataset, arguments.shots)
+    return found | {"checks": doubts.check_star(points, center, metric=key, by_metric=by_metric, draws=_DRAWS)}
+
+
+def _joint(
+    arguments: argparse.Namespace, loaded: Mapping[Path, tuple[Sequence[Point], Sequence[Exclusion]]]
+) -> dict[str, Any]:
+    """The fit.json of the law that knows its FLOPs, over all sweeps."""
+    from sovit.analysis.joint import fit_joint, read_geometry
+
+    for option in ("center", "direction", "origin", "prior", "share"):
+        if getattr(arguments, option):
+            raise ValueError(f"--{option} has no meaning for --law flops; leave it out.")
+    return fit_joint(
+        {directory.resolve().name: points for directory, (points, _) in loaded.items()},
+        read_geometry(list(loaded)),
+        dataset=arguments.dataset,
+        shots=arguments.shots,
+        exclusions=[one for _, exclusions in loaded.values() for one in exclusions],
+    ).as_dict()
+
+
+def _direction(text: str | None) -> dict[str, float] | None:
+    """Exponents of a diagonal's direction, from a star's fit.json or as given; None to deduce it."""
+    from sovit.analysis.diagonal import star_direction
+    from sovit.analysis.exponents import read_fit
+    from sovit.cli.options import by_dimension
+
+    if text is None:
+        return None
+    if "=" not in text:
+        return star_direction(read_fit(Path(text), "star")[1])
+    try:
+        return by_dimension(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--direction {error}") from None
+
+
+def _origin(text: str | None) -> Dimensions | None:
+    """A diagonal's shape at G = 1, from a grid's fit.json or as given; None for the smallest."""
+    from sovit.analysis.diagonal import grid_origin
+    from sovit.analysis.exponents import read_fit
+
+    if text is None:
+        return None
+    return _dimensions("--origin", text) if _SHAPE.fullmatch(text) else grid_origin(read_fit(Path(text), "grid")[1])
+
+
 def _center(text: str | None, points: Sequence[Point]) -> Dimensions | None:
     """The center of a star as given, or None to find it. Raises ValueError for one arm without a center."""
-    from sovit.analysis.points import DIMENSIONS, Dimensions
+    from sovit.analysis.points import DIMENSIONS
 
     if text is not None:
-        if not re.fullmatch(r"[1-9]\d{0,6}x[1-9]\d{0,6}x[1-9]\d{0,6}", text):
-            raise ValueError(f"--center {text!r} is no shape; write WIDTHxDEPTHxMLP such as 32x4x128.")
-        return Dimensions(*map(int, text.split("x")))
+        return _dimensions("--center", text)
     varied = [name for name in DIMENSIONS if len({getattr(point, name) for point in points}) > 1]
     if len(varied) == 1:
         known = "x".join("?" if name == varied[0] else str(getattr(points[0], name)) for name in DIMENSIONS)
@@ -90,24 +201,35 @@ def _center(text: str | None, points: Sequence[Point]) -> Dimensions | None:
     return None
 
 
-def _fit_inputs(directory: Path, dataset: str, shots: int, center: str | None) -> str:
-    """Digest of everything a fit depends on: the records, the exclusions, the metric, the center and the code."""
+def _dimensions(option: str, text: str) -> Dimensions:
+    from sovit.analysis.points import Dimensions
+
+    if not _SHAPE.fullmatch(text):
+        raise ValueError(f"{option} {text!r} is no shape; write WIDTHxDEPTHxMLP such as 32x4x128.")
+    return Dimensions(*map(int, text.split("x")))
+
+
+def _fit_inputs(arguments: argparse.Namespace) -> str:
+    """Digest of everything a fit depends on: the records, the exclusions, the options and the code."""
     import hashlib
 
     from sovit import records
     from sovit.analysis.points import EXCLUSIONS, IMPORTS
 
-    code = sorted(Path(__file__).parents[1].rglob("*.py"))
-    digest = hashlib.sha256(f"{dataset} {shots} {center} {[path.read_text() for path in code]}".encode())
-    files = [
-        *directory.glob(f"*/{records.RUN}"),
-        *directory.glob(f"*/{records.EVALS}"),
-        directory / EXCLUSIONS,
-        directory / IMPORTS,
-    ]
+    options = {key: str(value) for key, value in vars(arguments).items() if key not in ("command", "out")}
+    code = [path.read_text() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    digest = hashlib.sha256(f"{options} {code}".encode())
+    files = [Path(text, "fit.json") if Path(text).is_dir() else Path(text) for text in _named_files(arguments)]
+    for directory in arguments.runs:
+        files += [*directory.glob(f"*/{records.RUN}"), *directory.glob(f"*/{records.EVALS}")]
+        files += [directory / EXCLUSIONS, directory / IMPORTS]
     for path in sorted(file for file in files if file.is_file()):
         digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _named_files(arguments: argparse.Namespace) -> list[str]:
+    return [text for text in (arguments.direction, arguments.origin) if text and "=" not in text]
 
 
 def _up_to_date(out: Path, inputs: str) -> dict[str, Any] | None:

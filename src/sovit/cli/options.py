@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 DEFAULT_METRIC = ("fractals", 10)
+DIMENSIONS = ("width", "depth", "mlp_dim")  # as in analysis.points, which is slow to import
 
 
 def positive(text: str) -> int:
@@ -12,3 +14,28 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def above_0(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def by_dimension(text: str) -> dict[str, float]:
+    """{dimension: number} of width=..,depth=..,mlp=.."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        name = {"mlp": "mlp_dim"}.get(key.strip(), key.strip())
+        if name not in DIMENSIONS:
+            raise argparse.ArgumentTypeError(f"{part!r}: write width=NUMBER,depth=NUMBER,mlp=NUMBER")
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{text!r} names {key} twice")
+        found[name] = above_0(value)
+    return found

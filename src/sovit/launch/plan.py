@@ -60,6 +60,7 @@ class Cell:
     """
 
     overrides: list[str]
+    config: RunConfig
     run_id: str
     run_dir: Path
     config_hash: str
@@ -132,6 +133,7 @@ def _cell(overrides: list[str], cfg: RunConfig, model: TimeModel, scale: float) 
     steps = steps_trained(parts)
     return Cell(
         overrides=list(overrides),
+        config=cfg,
         run_id=records.run_id(cfg),
         run_dir=records.run_dir(cfg),
         config_hash=records.config_hash(cfg),
@@ -165,7 +167,7 @@ def calibration(runs_dir: Path, model: TimeModel) -> tuple[float, int]:
     ratios = []
     for path in sorted(runs_dir.glob(f"*/*/{records.RUN}")):
         run = records.read_run(path.parent)
-        if run is None or run["schema"] != records.SCHEMA or run["status"] != records.DONE:
+        if run is None or run["schema"] != records.SCHEMA or run["status"] != records.DONE or "simulated" in run:
             continue
         trainer, durations = run["config"]["trainer"], run["config"]["durations"]
         if time_model({trainer["accelerator"]}).accelerator == model.accelerator:

@@ -1,0 +1,365 @@
+"""How often each check of `sovit check` alarms for nothing, and how often it sees an effect of a stated size.
+
+    python benchmarks/power.py [--sweeps 1000] [--only held] [--out benchmarks/power.md]
+
+Draws synthetic sweeps with a known truth, runs a check on each, and counts p <= 5% (for rival laws: intervals that
+exclude 0). Without an effect that is the false-alarm rate, nominally 5%. Noise is sigma per evaluation and tau = sigma
+per run. Designs: "7 runs" has 7 sizes over a factor 5 and 14 durations over a factor 32, at the published exponent of
+the depth arm; "21 runs" the same with three seeds; "steep" 6 sizes over a factor 16 and 6 durations with exponents a, b,
+c twice as large, as in the embedded star. About an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sovit.analysis import diagnostics
+from sovit.analysis.heldout import HeldOut, held_out
+from sovit.analysis.heterogeneity import across_metrics
+from sovit.analysis.intervals import RunFit, fit_with_runs
+from sovit.analysis.law import Law
+from sovit.analysis.points import DIMENSIONS, Dimensions, Point
+from sovit.analysis.quasiconvexity import grid_bumps, star_bumps
+from sovit.analysis.rivals import compare
+from sovit.analysis.stability import influence, two_stars, without_center
+
+DRAWS = 199  # simulated sweeps behind each p-value; the command has 1,000 (400 for metrics and held-out budgets)
+CENTER = Dimensions(1000, 1000, 1000)
+EXPONENTS = {"width": (1.10, 0.49), "depth": (0.45, 0.328), "mlp_dim": (0.30, 0.283)}  # a, b; c = 0.35
+Effect = Callable[[float, float], float]  # (x, t) -> added to the log error
+
+
+@dataclass(frozen=True)
+class Design:
+    name: str
+    num_sizes: int
+    span: float
+    num_durations: int
+    seeds: int = 1
+    steep: float = 1.0
+
+    @property
+    def sizes(self) -> list[int]:
+        return [round(1000 * self.span**place) for place in np.linspace(-0.5, 0.5, self.num_sizes)]
+
+    @property
+    def compute(self) -> list[float]:
+        return [float(t) for t in 1000 * 32 ** np.linspace(-0.5, 0.5, self.num_durations)]
+
+
+SEVEN = Design("7 runs", 7, 5, 14)
+MANY = Design("21 runs", 7, 5, 14, seeds=3)
+STEEP = Design("steep", 6, 16, 6, steep=2)
+DESIGNS = (SEVEN, MANY, STEEP)
+
+
+def law_of(name: str, steep: float = 1.0, *, factor: float = 1.0, eps: float = 0.15, beta: float = 0.07) -> Law:
+    """The optimum is at 1000 for t = 1000, and grows with ``factor`` times the arm's exponent."""
+    a, b = (value * steep / factor for value in EXPONENTS[name])
+    c = 0.35 * steep
+    return Law(beta * b / a * 1000**a, a, beta * 1000**-b * 1000**c, b, 0.03 * 1000**c, c, eps)
+
+
+def arm(
+    rng: np.random.Generator, design: Design, noise: float, *, name: str = "depth", law: Law | None = None,
+    effect: Effect | None = None, offsets: np.ndarray | None = None,
+) -> list[Point]:  # fmt: skip
+    """Points of one arm. ``offsets``: of each run, drawn if not given."""
+    law = law or law_of(name, design.steep)
+    luck = noise * rng.normal(size=design.seeds * design.num_sizes) if offsets is None else offsets
+    points = []
+    for number in range(design.seeds * design.num_sizes):
+        seed, x = number // design.num_sizes, design.sizes[number % design.num_sizes]
+        shape = CENTER._replace(**{name: x})
+        for t in design.compute:
+            log_error = math.log(float(law.error(x, t))) + luck[number] + noise * rng.normal()
+            log_error += effect(x, t) if effect else 0.0
+            run = f"{name}-{x:05d}-s{seed}"
+            points.append(Point(run, *shape, seed, t, f"{t:.0f} gflops", math.exp(log_error), 0.005, 4))
+    return points
+
+
+def fit(points: Sequence[Point]) -> RunFit:
+    return fit_with_runs(*diagnostics.vectors("depth", points))
+
+
+def middle(design: Design) -> int:
+    sizes = [size for size in design.sizes if size != 1000]
+    return sizes[len(sizes) // 2]
+
+
+def at_size(size: int, height: float) -> Effect:
+    return lambda x, t: height * (x == size)
+
+
+def second_dip(design: Design, height: float) -> Effect:
+    """A hump as wide as one step between sizes, at the middle."""
+    step, place = math.log(design.sizes[1] / design.sizes[0]), math.log(middle(design))
+    return lambda x, t: height * math.exp(-0.5 * ((math.log(x) - place) / step) ** 2)
+
+
+def bend(height: float) -> Effect:
+    """Errors rise above the law from the middle of the durations on, to ``height`` at the last."""
+    return lambda x, t: height * max(0.0, math.log(t / 1000)) / (0.5 * math.log(32))
+
+
+def stalled(law: Law) -> Effect:
+    """From the middle of the durations on the optimum stays where it is."""
+    return lambda x, t: math.log(float(law.error(x * (max(t, 1000) / 1000) ** law.exponent, t) / law.error(x, t)))
+
+
+Alarm = bool | None  # None: the check said that it could not be done
+
+
+def alarm(found: object, p: str = "p") -> Alarm:
+    value = None if isinstance(found, str) else getattr(found, p)
+    return None if value is None else bool(value <= 0.05)
+
+
+def bumps(rng: np.random.Generator, design: Design, noise: float, effect: Effect | None) -> Alarm:
+    """All three arms of a star; the effect is in the depth arm."""
+    arms = {}
+    for name in DIMENSIONS:
+        points = arm(rng, design, noise, name=name, effect=effect if name == "depth" else None)
+        arms[name] = [point for point in points if getattr(point, name) != 1000]
+    return alarm(star_bumps(arms, draws=DRAWS)["depth"])
+
+
+def pairs(rng: np.random.Generator, noise: float, height: float) -> Alarm:
+    """A grid of 5 widths, 5 depths and 2 MLP dimensions at 5 durations; a bump at one shape inside."""
+    points = []
+    sizes = [round(1000 * 6**place) for place in np.linspace(-0.5, 0.5, 5)]
+    for width in sizes:
+        for depth in sizes:
+            for mlp_dim in (800, 1250):
+                luck = noise * rng.normal()
+                for t in 1000 * 32 ** np.linspace(-0.5, 0.5, 5):
+                    logs = np.log(np.array([width, depth, mlp_dim]) / 1000)
+                    benefit = (
+                        0.02 * np.exp(-0.9 * logs[0]) + 0.03 * np.exp(-0.7 * logs[1]) + 0.02 * np.exp(-0.6 * logs[2])
+                    )
+                    error = benefit + 0.06 * math.exp(float(logs @ (0.6, 0.5, 0.4))) * (t / 1000) ** -0.5 + 0.1
+                    bump = height if (width, depth, mlp_dim) == (1000, 1000, 800) else 0.0
+                    error *= math.exp(luck + noise * rng.normal() + bump)
+                    run = f"{width:05d}-{depth:05d}-{mlp_dim:05d}"
+                    points.append(Point(run, width, depth, mlp_dim, 0, float(t), f"{t:.0f}", error, 0.005, 4))
+    return alarm(grid_bumps(points, draws=DRAWS)["width x depth"])
+
+
+def center(rng: np.random.Generator, design: Design, noise: float, better: float) -> Alarm:
+    """``better``: how much lower the errors next to the center are than the law has them."""
+    sizes = [size for size in design.sizes if size != 1000]
+    near = {max(s for s in sizes if s < 1000), min(s for s in sizes if s > 1000)}
+    effect = (lambda x, t: -better * (x in near)) if better else None
+    points = [point for point in arm(rng, design, noise, effect=effect) if point.depth != 1000]
+    return alarm(without_center("depth", points, CENTER, fit(points), draws=DRAWS))
+
+
+def stars(rng: np.random.Generator, design: Design, noise: float, factor: float) -> Alarm:
+    other = law_of("depth", design.steep, factor=factor)
+    return alarm(two_stars(fit(arm(rng, design, noise)), fit(arm(rng, design, noise, law=other))))
+
+
+def metrics(rng: np.random.Generator, design: Design, noise: float, factor: float, count: int) -> Alarm:
+    """Metrics whose run offsets are correlated by 0.8; the last one's exponent is ``factor`` times that of the others."""
+    num_runs = design.seeds * design.num_sizes
+    shared, by_metric = rng.normal(size=num_runs), {}
+    for k in range(count):
+        offsets = noise * (math.sqrt(0.8) * shared + math.sqrt(0.2) * rng.normal(size=num_runs))
+        mine = factor if k == count - 1 else 1.0
+        law = law_of("depth", design.steep, factor=mine, eps=0.06 + 0.04 * k, beta=0.05 + 0.02 * k)
+        by_metric[f"metric {k}"] = arm(rng, design, noise, law=law, offsets=offsets)
+    return alarm(across_metrics("depth", by_metric, draws=DRAWS))
+
+
+def budgets(rng: np.random.Generator, design: Design, noise: float, effect: Effect | None, what: str) -> Alarm:
+    return alarm(held_out(arm(rng, design, noise, effect=effect), "depth", draws=DRAWS), what)
+
+
+def coverage(rng: np.random.Generator, design: Design, noise: float) -> float | None:
+    found = held_out(arm(rng, design, noise), "depth", draws=DRAWS)
+    return found.covered / found.num_cells if isinstance(found, HeldOut) else None
+
+
+def one_run(rng: np.random.Generator, design: Design, noise: float, off: float) -> Alarm:
+    """The first run of the smallest size is off."""
+    points = arm(rng, design, noise)
+    bad = min(points, key=lambda point: point.run_id).run_id
+    moved = [
+        Point(**(vars(point) | {"error": point.error * math.exp(off)})) if point.run_id == bad else point
+        for point in points
+    ]
+    return alarm(influence("depth", moved, fit(moved)))
+
+
+def rivals(rng: np.random.Generator, design: Design, noise: float, effect: Effect | None) -> dict[str, float] | None:
+    """Form -> 1 if it is called better than Eq. 2 at the larger budgets, -1 if worse; then the same for sizes."""
+    points = arm(rng, design, noise, effect=effect)
+    found = compare("depth", points, fit(points))
+    if isinstance(found, str):
+        return None
+    signs = {"better": 1, "worse": -1}
+    verdicts = {f"{form.name}, budgets": form.budgets for form in found[1:]}
+    verdicts |= {f"{form.name}, sizes": form.sizes for form in found[1:]}
+    return {name: signs.get(score.verdict, 0) if score else 0 for name, score in verdicts.items()}
+
+
+def parabola(law: Law) -> Effect:
+    """Makes the truth a quadratic of log x and log t that follows the law around its middle."""
+    u, v = np.log(np.array(SEVEN.sizes) / 1000), np.log(np.array(SEVEN.compute) / 1000)
+    grid_u, grid_v = (part.ravel() for part in np.meshgrid(u, v))
+
+    def columns(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return np.column_stack((np.ones_like(p), p, q, p**2, p * q, q**2))
+
+    log_error = np.log(law.error(1000 * np.exp(grid_u), 1000 * np.exp(grid_v)))
+    found, *_ = np.linalg.lstsq(columns(grid_u, grid_v), log_error, rcond=None)
+    found = found * (1, 1, 1, 1.5, 1, 4)  # more curved in log t than any sum of powers
+
+    def effect(x: float, t: float) -> float:
+        p, q = np.log([x / 1000]), np.log([t / 1000])
+        return float((columns(p, q) @ found)[0]) - math.log(float(law.error(x, t)))
+
+    return effect
+
+
+Case = tuple[str, str, float, str, Callable[[np.random.Generator], object]]
+
+
+def cases() -> Iterator[Case]:
+    """(check, design, noise, effect, one sweep -> alarm)."""
+    for design in DESIGNS:
+        for noise in (0.005, 0.01):
+            yield "quasiconvex", design.name, noise, "none", lambda g, d=design, n=noise: bumps(g, d, n, None)
+            yield "center", design.name, noise, "none", lambda g, d=design, n=noise: center(g, d, n, 0.0)
+            yield "two stars", design.name, noise, "none", lambda g, d=design, n=noise: stars(g, d, n, 1.0)
+            yield "4 metrics", design.name, noise, "none", lambda g, d=design, n=noise: metrics(g, d, n, 1.0, 4)
+            yield "2 metrics", design.name, noise, "none", lambda g, d=design, n=noise: metrics(g, d, n, 1.0, 2)
+            yield "held out", design.name, noise, "none", lambda g, d=design, n=noise: budgets(g, d, n, None, "p")
+            yield (
+                "held-out best",
+                design.name,
+                noise,
+                "none",
+                lambda g, d=design, n=noise: budgets(g, d, n, None, "optimum_p"),
+            )
+            yield "influence", design.name, noise, "none", lambda g, d=design, n=noise: one_run(g, d, n, 0.0)
+    for noise in (0.005, 0.01):
+        yield "pairs of a grid", "50 runs", noise, "none", lambda g, n=noise: pairs(g, n, 0.0)
+
+    heights = {SEVEN: (0.02, 0.04), MANY: (0.02, 0.04), STEEP: (0.06, 0.1)}
+    for design, tried in heights.items():
+        for height in tried:
+            effect = at_size(middle(design), height)
+            yield (
+                "quasiconvex", design.name, 0.005, f"one size {height:.0%} up",
+                lambda g, d=design, e=effect: bumps(g, d, 0.005, e),
+            )  # fmt: skip
+        effect = second_dip(design, 1.5 * tried[-1])
+        yield (
+            "quasiconvex", design.name, 0.005, f"a hump of {1.5 * tried[-1]:.0%} between two dips",
+            lambda g, d=design, e=effect: bumps(g, d, 0.005, e),
+        )  # fmt: skip
+    for height in (0.03, 0.06):
+        yield "pairs of a grid", "50 runs", 0.005, f"one shape {height:.0%} up", lambda g, h=height: pairs(g, 0.005, h)
+    for design in DESIGNS:
+        for better in (0.01, 0.03):
+            yield (
+                "center", design.name, 0.005, f"next to the center {better:.0%} too good",
+                lambda g, d=design, h=better: center(g, d, 0.005, h),
+            )  # fmt: skip
+        for factor in (1.5, 2.0):
+            yield (
+                "two stars", design.name, 0.005, f"s {factor:g} times as large",
+                lambda g, d=design, f=factor: stars(g, d, 0.005, f),
+            )  # fmt: skip
+            yield (
+                "4 metrics", design.name, 0.005, f"one s {factor:g} times as large",
+                lambda g, d=design, f=factor: metrics(g, d, 0.005, f, 4),
+            )  # fmt: skip
+        for height in (0.02, 0.05):
+            yield (
+                "held out", design.name, 0.005, f"errors bend away, {height:.0%} at the end",
+                lambda g, d=design, h=height: budgets(g, d, 0.005, bend(h), "p"),
+            )  # fmt: skip
+        effect = stalled(law_of("depth", design.steep))
+        yield (
+            "held-out best", design.name, 0.005, "the optimum stalls halfway",
+            lambda g, d=design, e=effect: budgets(g, d, 0.005, e, "optimum_p"),
+        )  # fmt: skip
+        for off in (0.02, 0.05):
+            yield (
+                "influence", design.name, 0.005, f"an end run {off:.0%} off",
+                lambda g, d=design, o=off: one_run(g, d, 0.005, o),
+            )  # fmt: skip
+    for design in DESIGNS:
+        yield "held out, 95% intervals", design.name, 0.005, "none", lambda g, d=design: coverage(g, d, 0.005)
+        yield "laws", design.name, 0.005, "none: the truth is Eq. 2", lambda g, d=design: rivals(g, d, 0.005, None)
+    effect = parabola(law_of("depth"))
+    yield "laws", SEVEN.name, 0.005, "the truth is a parabola", lambda g: rivals(g, SEVEN, 0.005, effect)
+
+
+def measure(one: Callable[[np.random.Generator], object], sweeps: int, seed: int) -> tuple[list[object], int]:
+    rng = np.random.default_rng(seed)
+    found = [one(rng) for _ in range(sweeps)]
+    return [value for value in found if value is not None], sum(value is None for value in found)
+
+
+def rows_of(case: Case, values: Sequence[object], untested: int) -> Iterator[tuple[str, ...]]:
+    check, design, noise, effect, _ = case
+    head = (check, design, f"{noise:.1%}", effect, str(len(values)))
+    note = f"{untested} untested" if untested else ""
+    if not values:
+        yield (*head, "", note)
+    elif isinstance(values[0], Mapping):
+        for name in values[0]:
+            signs = np.array([value[name] for value in values if isinstance(value, Mapping)])
+            better, worse = np.mean(signs > 0), np.mean(signs < 0)
+            yield (f"laws: {name}", *head[1:], f"better {better:.1%}, worse {worse:.1%}", note)
+    else:
+        share = float(np.mean([float(value) for value in values]))  # type: ignore[arg-type]
+        yield (*head, f"{share:.1%} ± {math.sqrt(share * (1 - share) / len(values)):.1%}", note)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--sweeps", type=int, default=1000, help="per case without an effect; a third of it with one")
+    parser.add_argument("--only", default="", help="cases whose check begins with this")
+    parser.add_argument("--out", type=Path, help="write the table to this file")
+    options = parser.parse_args()
+    table = [("check", "design", "noise", "effect", "sweeps", "alarms", ""), ("---",) * 7]
+    start = time.process_time()
+    for number, case in enumerate(cases()):
+        if not case[0].startswith(options.only):
+            continue
+        quiet = case[3] == "none" and case[0] != "pairs of a grid"
+        values, untested = measure(case[4], options.sweeps if quiet else max(1, options.sweeps // 3), number)
+        for row in rows_of(case, values, untested):
+            table.append(row)
+            print("  ".join(row), flush=True)
+    minutes = (time.process_time() - start) / 60
+    text = "\n".join("| " + " | ".join(row) + " |" for row in table)
+    command = f"python benchmarks/power.py --sweeps {options.sweeps}" + (
+        f" --only {options.only}" if options.only else ""
+    )
+    page = f"# False alarms and power of the checks\n\n`{command}`, {minutes:.0f} min of one core. {NOTE}\n\n{text}\n"
+    if options.out:
+        options.out.write_text(page)
+    print(f"{minutes:.1f} min")
+
+
+NOTE = (
+    "`alarms`: the share of sweeps in which the check has p <= 5% (nominal without an effect: 5%), with its binomial "
+    "standard error; for rival laws, how often one is called better or worse than Eq. 2. Designs and effects are described "
+    "in the file. The exponent of the arm is 0.45."
+)
+
+if __name__ == "__main__":
+    main()

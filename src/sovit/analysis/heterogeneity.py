@@ -1,0 +1,206 @@
+"""One dimension's exponent by several metrics of the same runs: do shots and data sets agree?
+
+Cochran's Q of the log exponents, I^2 and a forest plot. All metrics score the same runs, so the estimates are
+correlated; their covariance is the joint delete-one jackknife over runs. A disagreement is one of the exponents: the
+metrics may have errors as different as they like. Metrics of one data set share its images, and agree more easily than
+two data sets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as t_distribution
+
+from sovit.analysis import diagnostics as check
+from sovit.analysis.fit import law_logs
+from sovit.analysis.intervals import Interval, RunFit, exponent_interval, fit_with_runs, jackknife_runs
+from sovit.analysis.points import Point
+from sovit.analysis.stability import log_exponents, subset_noise
+from sovit.analysis.varpro import refit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+DRAWS = 400
+
+
+@dataclass(frozen=True)
+class Forest:
+    """One dimension's exponent by several metrics of the same runs.
+
+    ``q``: Cochran's, weights 1 / variance; ``expected``: its mean if all exponents are equal, given their correlation;
+    ``i2``: the share of Q beyond that; ``p`` of Q / expected in sweeps whose exponents are as fitted and compared as if
+    they were equal. ``pooled``: the weighted mean with its interval. ``correlation``: the mean one of the log exponents.
+    ``rows``: label, estimate, lo, hi, weight of each metric, for the plot; ``left_out``: (label, why).
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    pooled: Interval
+    q: float
+    expected: float
+    p: float
+    i2: float
+    correlation: float
+    num_runs: int
+    num_points: int
+    left_out: tuple[tuple[str, str], ...]
+
+
+def across_metrics(
+    name: str, by_metric: Mapping[str, Sequence[Point]], *, draws: int = DRAWS, seed: int = 0
+) -> Forest | str:
+    """Compare one dimension's exponent across metrics (label -> points of the arm), or say why it cannot be done.
+
+    Only (run, duration) pairs that every metric has are used. The estimates share those runs, so their covariance comes
+    from leaving out each run of all metrics at once (delete-one jackknife of the log exponents). With few runs that
+    covariance is rough, hence the p-value by simulation: noise of each metric's own sigma and tau, correlated between
+    metrics as their residuals are, refitted and jackknifed as the data were.
+    """
+    chosen = {label: list(points) for label, points in by_metric.items()}
+    left_out: list[tuple[str, str]] = []
+    fits: dict[str, tuple[RunFit, Interval, Array]] = {}
+    while len(chosen) > 1:
+        keys = set.intersection(*({(p.run_id, p.duration) for p in points} for points in chosen.values()))
+        same = {
+            label: sorted((p for p in points if (p.run_id, p.duration) in keys), key=lambda p: (p.run_id, p.t_gflops))
+            for label, points in chosen.items()
+        }
+        found = {label: _one_metric(name, points) for label, points in same.items()}
+        failed = {label: why for label, why in found.items() if isinstance(why, str)}
+        if not failed:
+            fits = {label: fit for label, fit in found.items() if not isinstance(fit, str)}
+            break
+        left_out += failed.items()
+        chosen = {label: points for label, points in chosen.items() if label not in failed}
+    if not fits:
+        why = "; ".join(f"{label}: {reason}" for label, reason in left_out)
+        return f"fewer than two metrics determine the exponent{f' ({why})' if why else ''}"
+    whole = [fit for fit, *_ in fits.values()]
+    x, t, _, _ = check.vectors(name, next(iter(same.values())))
+    theta = np.log([fit.fit.law.exponent for fit in whole])
+    without = np.array([values for *_, values in fits.values()])
+    cov, share, q, expected = (value[..., 0] for value in _cochran(theta[:, None], without[:, :, None]))
+    null = _metrics_by_chance(x, t, whole, draws, seed)
+    p = float((1 + np.sum(null >= q / expected)) / (1 + len(null)))
+    mean = float(share @ theta)
+    half = float(t_distribution.ppf(0.975, whole[0].num_runs - 1)) * math.sqrt(float(share @ cov @ share))
+    scale = np.sqrt(np.diag(cov))
+    rows = tuple(
+        {"label": label, "estimate": found.estimate, "lo": found.lo, "hi": found.hi, "weight": float(weight)}
+        for (label, (_, found, _)), weight in zip(fits.items(), share, strict=True)
+    )
+    return Forest(
+        rows=rows,
+        pooled=Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half), "joint jackknife over runs"),
+        q=float(q),
+        expected=float(expected),
+        p=p,
+        i2=max(0.0, 1 - float(expected) / float(q)) if q > 0 else 0.0,
+        correlation=float((cov / np.outer(scale, scale))[np.triu_indices(len(theta), 1)].mean()),
+        num_runs=whole[0].num_runs,
+        num_points=len(x),
+        left_out=tuple(left_out),
+    )
+
+
+def _one_metric(name: str, points: Sequence[Point]) -> tuple[RunFit, Interval, Array] | str:
+    """(fit, interval, log exponent without each run), or why this metric has none."""
+    if why := check.too_few(name, points):
+        return why
+    x, t, error, run = check.vectors(name, points)
+    whole = fit_with_runs(x, t, error, run)
+    if check.optimal_exponent(whole.fit) is None:
+        return f"the best law has no optimum ({', '.join(whole.fit.flags)})"
+    interval = exponent_interval(x, t, error, whole)
+    if isinstance(interval, str):
+        return interval
+    if interval.is_open:
+        return "the data leave the exponent open on both sides"
+    found = jackknife_runs(x, t, error, run, whole)
+    if found is None:
+        return "a fit without one of the runs has too few points or sizes"
+    return whole, interval, np.log(found.without)
+
+
+def _cochran(theta: Array, without: Array) -> tuple[Array, Array, Array, Array]:
+    """Jackknife covariance (K, K, B), weights (K, B), Q (B,) and its mean if all are equal (B,), of log exponents
+    (K, B) and the same without each run (K, G, B)."""
+    num_runs = without.shape[1]
+    deviations = without - without.mean(1, keepdims=True)
+    cov = (num_runs - 1) / num_runs * np.einsum("kgb,lgb->klb", deviations, deviations)
+    variances = np.einsum("kkb->kb", cov)
+    precisions = 1 / variances
+    share = precisions / precisions.sum(0)
+    q = np.sum(precisions * (theta - np.sum(share * theta, 0)) ** 2, 0)
+    expected = len(theta) - np.einsum("kb,klb,lb->b", share, cov, precisions)
+    return cov, share, q, expected
+
+
+def _metrics_by_chance(x: Array, t: Array, whole: Sequence[RunFit], draws: int, seed: int) -> Array:
+    """Q over its expected value in draws whose exponents differ by noise alone."""
+    rng = np.random.default_rng(seed)
+    run, num_runs = whole[0].noise.run, whole[0].num_runs
+    residuals = np.array([fit.fit.residuals for fit in whole])
+    offsets = np.array([residuals[:, run == one].mean(1) for one in range(num_runs)]).T
+    together, alone = np.corrcoef(offsets), np.corrcoef(residuals - offsets[:, run])
+    shared = rng.multivariate_normal(np.zeros(len(whole)), together, (draws, num_runs), method="eigh")
+    single = rng.multivariate_normal(np.zeros(len(whole)), alone, (draws, len(x)), method="eigh")
+    log_x, log_t = np.log(x), np.log(t)
+    logs = law_logs(log_x - log_x.mean(), log_t - log_t.mean())
+    theta, without = np.empty((len(whole), draws)), np.empty((len(whole), num_runs, draws))
+    for k, fit in enumerate(whole):
+        noise = fit.tau * shared[:, run, k] + fit.sigma * fit.noise.scale * single[:, :, k]
+        data = np.log(fit.fit.law.error(x, t)) + noise
+        theta[k] = log_exponents(*refit(logs, data, fit.noise, fit.fit.exponents)[1:]) - math.log(fit.fit.law.exponent)
+        for one in range(num_runs):
+            keep = run != one
+            some = refit(logs[:, :, keep], data[:, keep], subset_noise(fit.noise, keep), fit.fit.exponents)
+            without[k, one] = log_exponents(*some[1:])
+    good = np.isfinite(theta).all(0) & np.isfinite(without).all((0, 1))
+    _, _, q, expected = _cochran(theta[:, good], without[:, :, good])
+    return q / expected
+
+
+def forest_figure(forests: Mapping[str, Forest]) -> Figure:
+    """A forest plot, a panel for each dimension: every metric's exponent with its interval, and the pooled one."""
+    from matplotlib.figure import Figure
+
+    heights = [len(forest.rows) + 2 for forest in forests.values()]
+    figure = Figure(figsize=(6.4, 0.7 + 0.3 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(forests), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (name, forest) in zip(axes, forests.items(), strict=True):
+        ends = [end for row in forest.rows for end in (row["lo"], row["hi"], row["estimate"]) if 0 < end < math.inf]
+        low, high = min(ends) / 1.15, max(ends) * 1.15
+        for place, row in enumerate(forest.rows):
+            lo, hi = max(row["lo"], low), min(row["hi"], high)
+            axis.plot([lo, hi], [place, place], color="0.35", linewidth=1.2)
+            axis.plot(row["estimate"], place, "s", color="C0", markersize=3 + 6 * math.sqrt(row["weight"]))
+        pooled, place = forest.pooled, len(forest.rows)
+        corners = ([pooled.lo, pooled.estimate, pooled.hi, pooled.estimate], [place, place - 0.25, place, place + 0.25])
+        axis.fill(*corners, color="C1")
+        axis.axvline(pooled.estimate, color="C1", linewidth=0.6, linestyle=":")
+        axis.set_yticks(range(place + 1), [*(row["label"] for row in forest.rows), "pooled"])
+        axis.set_ylim(place + 0.7, -0.7)
+        axis.set_xscale("log")
+        axis.set_xlim(low, high)
+        ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2, 5) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_title(f"{name}: {_equal(forest)}", loc="left", fontsize=9)
+        for side in ("top", "right", "left"):
+            axis.spines[side].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    axes[-1].set_xlabel("exponent s, with 95% interval")
+    return figure
+
+
+def _equal(forest: Forest) -> str:
+    verdict = "the metrics disagree" if forest.p <= 0.05 else "no sign that the metrics disagree"
+    return f"{verdict} (p = {forest.p:.2g}, I\u00b2 = {forest.i2:.0%})"

@@ -1,0 +1,95 @@
+"""``sovit check``: what speaks against a sweep's answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sovit.cli.options import DEFAULT_METRIC, positive
+
+EPILOG = """what is checked, each with a p-value or an interval and the effect it would have seen:
+  quasiconvex      the error at fixed compute falls and then rises, with no second dip (arms; pairs of a grid)
+  center           the exponent without the sizes next to the star's center
+  star NAME        the exponent against that of another star (further directories)
+  shots, data sets the exponent by other metrics of the same runs
+  held out         the largest budgets and the best size there, predicted from the smaller ones
+  influence        the run whose absence moves the exponent most
+  laws             other forms of the law, by what they predict
+"""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    check = commands.add_parser(
+        "check",
+        help="what speaks against a sweep's answer: second dips, center, metrics, extrapolation, single runs, other laws",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("runs", type=Path, help="directory of a sweep's runs, such as runs/star_tiny")
+    check.add_argument("others", type=Path, nargs="*", help="directories of other stars to compare it with")
+    check.add_argument("--dataset", default=DEFAULT_METRIC[0], help="default: %(default)s")
+    check.add_argument("--shots", type=positive, default=DEFAULT_METRIC[1], help="default: %(default)s")
+    check.add_argument(
+        "--draws", type=positive, default=1000, help="simulated sweeps for a p-value (default: %(default)s)"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON, with the details behind every row")
+    check.set_defaults(command=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from sovit.analysis import doubts
+    from sovit.analysis.grid import sweep_kind
+    from sovit.analysis.points import load_points
+
+    directory, metric = arguments.runs, (arguments.dataset, arguments.shots)
+    points, exclusions = load_points(directory, *metric)
+    if not points:
+        raise ValueError(f"{directory} holds no finished run; see sovit status {directory}.")
+    kind = sweep_kind(points)
+    if kind == "star":
+        others = _others(directory, arguments.others, metric)
+        by_metric = {key: load_points(directory, *key)[0] for key in metrics(directory)}
+        found = doubts.check_star(points, metric=metric, by_metric=by_metric, others=others, draws=arguments.draws)
+    elif arguments.others:
+        raise ValueError(f"{directory} is a {kind}; only stars are compared with other directories.")
+    else:
+        found = doubts.check_grid(points, draws=min(arguments.draws, 400))
+    found = {"sweep": directory.resolve().name, "metric": {"dataset": metric[0], "shots": metric[1]}} | found
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    left_out = f", {len(exclusions)} runs left out" if exclusions else ""
+    print(
+        f"{found['sweep']}: {metric[1]}-shot error on {metric[0]}, {len({p.run_id for p in points})} runs{left_out}\n"
+    )
+    print(doubts.text(found))
+    return 0
+
+
+def metrics(directory: Path) -> list[tuple[str, int]]:
+    """(data set, shots) that the finished runs of a sweep were all evaluated on."""
+    from sovit import records
+
+    held = []
+    for path in sorted(directory.glob(f"*/{records.EVALS}")):
+        if (records.read_run(path.parent) or {}).get("status") == records.DONE:
+            held.append({(row["dataset"], row["shots"]) for row in records.read_lines(path) if row["step"] > 0})
+    return sorted(set.intersection(*held)) if held else []
+
+
+def _others(directory: Path, others: list[Path], metric: tuple[str, int]) -> dict:
+    from sovit.analysis.grid import sweep_kind
+    from sovit.analysis.points import load_points
+
+    found = {}
+    for other in others:
+        if other.resolve() == directory.resolve():
+            raise ValueError(f"{other} is the sweep itself; give another star to compare it with.")
+        points, _ = load_points(other, *metric)
+        if not points:
+            raise ValueError(f"{other} holds no finished run; see sovit status {other}.")
+        if sweep_kind(points) != "star":
+            raise ValueError(f"{other} is no star; exponents are compared between stars.")
+        found[other.resolve().name] = points
+    return found
