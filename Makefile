@@ -9,7 +9,7 @@ BIN := .venv/bin
 
 .PHONY: help
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: .venv/.installed  ## create .venv and install the locked packages
@@ -31,6 +31,11 @@ sweep-grid: setup  ## train the grid sweep of small shapes and write its report
 	$(BIN)/sovit run sweeps/$(or $(SWEEP),grid_tiny).yaml $(ARGS)
 	$(BIN)/sovit fit runs/$(or $(SWEEP),grid_tiny)
 
+.PHONY: sweep-diagonal
+sweep-diagonal: setup  ## train shapes scaled jointly: how far to go along the star's direction
+	$(BIN)/sovit run sweeps/$(or $(SWEEP),diagonal_tiny).yaml $(ARGS)
+	$(BIN)/sovit fit runs/$(or $(SWEEP),diagonal_tiny)
+
 .PHONY: test
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -45,6 +50,10 @@ lint: setup  ## check style and types
 bench: setup  ## measure the loader and the two ways to get several durations from one run
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/durations.py
+
+.PHONY: bench-analysis
+bench-analysis: setup  ## measure the fit: efficiency, coverage, alarms, promises, laws, power (over an hour)
+	for study in estimator intervals specification promised joint power; do $(BIN)/python benchmarks/$$study.py || exit 1; done
 
 .PHONY: lock
 lock:  ## pin every package again (needs uv)
