@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def _fit(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{directory} holds no finished run{why}; see sovit status {directory}.")
     found = _joint(arguments, loaded) if arguments.law == "flops" else _one_sweep(arguments, first, *loaded[first])
     runs = _runs(directories)
-    fit = found | {"inputs": inputs}
+    fit = found | {"inputs": inputs, "command": ["sovit", *sys.argv[1:]]}
     out.mkdir(parents=True, exist_ok=True)
     page = report.write_report(fit, runs, out)
     records.write_json(out / "fit.json", fit)  # last: it vouches for the page
@@ -217,7 +218,8 @@ def _fit_inputs(arguments: argparse.Namespace) -> str:
     from sovit.analysis.points import EXCLUSIONS, IMPORTS
 
     options = {key: str(value) for key, value in vars(arguments).items() if key not in ("command", "out")}
-    code = [path.read_text() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    sources = Path(__file__).parents[1]
+    code = [path.read_text() for path in sorted([*sources.rglob("*.py"), *sources.rglob("*.j2")])]
     digest = hashlib.sha256(f"{options} {code}".encode())
     files = [Path(text, "fit.json") if Path(text).is_dir() else Path(text) for text in _named_files(arguments)]
     for directory in arguments.runs:
