@@ -19,7 +19,17 @@ from typing import Any
 from sovit import records
 from sovit.analysis.diagnostics import Slice, isocompute, unusable
 from sovit.analysis.frontier import Scatter, Surfaces, frontier, surfaces
-from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, HasShape, Point, dimensions, load_points, plain
+from sovit.analysis.points import (
+    DIMENSIONS,
+    Dimensions,
+    Exclusion,
+    HasShape,
+    Point,
+    dimensions,
+    load_points,
+    metrics,
+    plain,
+)
 
 SCHEMA = 1
 MAX_RUNNERS = 5
@@ -159,16 +169,12 @@ class GridFit:
 
 
 def load_shots(sweep_dir: str | Path, dataset: str) -> dict[int, list[Point]]:
-    """The points of every number of shots that a sweep's finished runs hold for a data set, for `fit_grid`.
+    """The points of every number of shots that all finished runs of a sweep hold for a data set, for `fit_grid`.
 
     Raises what `load_points` raises.
     """
-    found = set()
-    for path in sorted(Path(sweep_dir).glob(f"*/{records.EVALS}")):
-        if (records.read_run(path.parent) or {}).get("status") == records.DONE:
-            rows = records.read_lines(path)
-            found |= {row["shots"] for row in rows if row.get("dataset") == dataset and row.get("step", 0) > 0}
-    return {shots: load_points(sweep_dir, dataset, shots)[0] for shots in sorted(found)}
+    held = [shots for name, shots in metrics(sweep_dir) if name == dataset]
+    return {shots: load_points(sweep_dir, dataset, shots)[0] for shots in held}
 
 
 def fit_grid(

@@ -28,6 +28,7 @@ RATIOS = (0.0, *np.geomspace(0.1, 30.0, 20))  # tau / sigma
 _FAR_WORSE = 12.0  # of -2 log likelihood: larger ratios only fall further behind
 _ROBUST_PASSES, _SAME_WEIGHT = 5, 0.02
 _FAR_POINT, _BISQUARE = 4.5, 7.0  # robust standard deviations; 98 clean points hold one beyond 4.5 in 0.07% of sweeps
+_LEAST_FREE, _LEAST_WEIGHT = 10, 0.75
 _WIDEST = math.log(10)  # a Wald half-width of log s beyond this factor is not quadratic any more
 _FARTHEST = math.log(100)  # how far the profile follows s before it calls a side open
 _ON_BOUND = ("alpha=0", "beta=0", "at its lower bound", "at its upper bound")
@@ -148,16 +149,20 @@ def _point_weights(residuals: Array, run: NDArray[np.intp]) -> Array:
     """Weights of Tukey's bisquare on residuals (in units of each point's scale) from the median of their run.
 
     All 1 unless some point is farther than `_FAR_POINT` robust standard deviations; never 0, so that a point keeps a say.
+    All 1 too with few points, or if more than a quarter of the weight would go: then it is the law that does not fit.
     """
+    free = len(residuals) - int(run.max()) - 4  # the runs' medians and the law's slopes in t take their share
+    if free < _LEAST_FREE:
+        return np.ones(len(residuals))
     centred = np.array(residuals, float)
     for one in range(int(run.max()) + 1):
         centred[run == one] -= np.median(centred[run == one])
-    free = max(len(centred) - int(run.max()) - 4, 1)  # the runs' medians and the law's slopes in t take their share
     spread = 1.4826 * float(np.median(np.abs(centred))) * math.sqrt(len(centred) / free)
     if not spread > 0 or np.abs(centred).max() <= _FAR_POINT * spread:
         return np.ones(len(centred))
     inside = np.clip(1 - (centred / (_BISQUARE * spread)) ** 2, 0.0, 1.0)
-    return np.maximum(inside**2, 1e-4)
+    weights = np.maximum(inside**2, 1e-4)
+    return weights if weights.mean() >= _LEAST_WEIGHT else np.ones(len(centred))
 
 
 def exponent_interval(

@@ -126,6 +126,19 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
     return points, exclusions
 
 
+def metrics(sweep_dir: str | Path) -> list[tuple[str, int]]:
+    """(data set, shots) on which every run of a sweep that counts was evaluated. Raises what `load_points` raises."""
+    sweep_dir = Path(sweep_dir)
+    run_dirs = sorted(path for path in sweep_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
+    left_out = _read_exclusions(sweep_dir / EXCLUSIONS, {path.name for path in run_dirs})
+    held = [
+        {(row["dataset"], row["shots"]) for row in read_rows(run_dir / records.EVALS) if row["step"] > 0}
+        for run_dir in run_dirs
+        if run_dir.name not in left_out and _not_done(run_dir) is None
+    ]
+    return sorted(set.intersection(*held)) if held else []
+
+
 # What the runs of one sweep may differ in: the shape, the seed, and what changes no number.
 _FREE = (
     "shape",

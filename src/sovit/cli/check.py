@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from sovit.analysis import doubts
     from sovit.analysis.grid import sweep_kind
-    from sovit.analysis.points import load_points
+    from sovit.analysis.points import load_points, metrics
 
     directory, metric = arguments.runs, (arguments.dataset, arguments.shots)
     points, exclusions = load_points(directory, *metric)
@@ -65,17 +65,6 @@ def _check(arguments: argparse.Namespace) -> int:
     )
     print(doubts.text(found))
     return 0
-
-
-def metrics(directory: Path) -> list[tuple[str, int]]:
-    """(data set, shots) that the finished runs of a sweep were all evaluated on."""
-    from sovit import records
-
-    held = []
-    for path in sorted(directory.glob(f"*/{records.EVALS}")):
-        if (records.read_run(path.parent) or {}).get("status") == records.DONE:
-            held.append({(row["dataset"], row["shots"]) for row in records.read_lines(path) if row["step"] > 0})
-    return sorted(set.intersection(*held)) if held else []
 
 
 def _others(directory: Path, others: list[Path], metric: tuple[str, int]) -> dict:

@@ -67,8 +67,9 @@ def _fit(arguments: argparse.Namespace) -> int:
     first = directories[0]
     if len(directories) > 1 and arguments.law != "flops":
         raise ValueError(f"{len(directories)} sweeps are fitted together by --law flops only; give one, or that.")
-    joined = first.parent / "+".join(directory.resolve().name for directory in directories)
-    out = arguments.out or (joined if len(directories) > 1 else first / "flops" if arguments.law == "flops" else first)
+    names = [directory.resolve().name for directory in directories]
+    joined = first.resolve().parent / "+".join([*names, *(["flops"] if len(names) == 1 else [])])
+    out = arguments.out or (joined if arguments.law == "flops" else first)
     inputs = _fit_inputs(arguments)
     fit = _up_to_date(out, inputs)
     if fit is not None:
@@ -110,7 +111,6 @@ def _one_sweep(
     from sovit.analysis.fit import Prior
     from sovit.analysis.grid import fit_grid, load_shots, sweep_kind
     from sovit.analysis.star import fit_star
-    from sovit.cli.check import metrics
 
     metric = {"dataset": arguments.dataset, "shots": arguments.shots}
     about: dict[str, Any] = {"sweep": directory.resolve().name, "exclusions": exclusions} | metric
@@ -135,7 +135,7 @@ def _one_sweep(
     found = fit_star(points, center, priors=priors or None, share=share, **about).as_dict()
     if arguments.no_checks:
         return found
-    from sovit.analysis.points import load_points
+    from sovit.analysis.points import load_points, metrics
 
     by_metric = {key: load_points(directory, *key)[0] for key in metrics(directory)}
     key = (arguments.dataset, arguments.shots)
