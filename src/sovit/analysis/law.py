@@ -8,7 +8,6 @@ alpha, a, beta, b the law falls up to one x and rises after it (quasiconvex, App
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -35,7 +34,7 @@ class Law:
                 raise ValueError(f"{name}={value!r} is not a finite number {'above' if positive else 'of at least'} 0.")
 
     def as_dict(self) -> dict[str, float]:
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     @property
     def exponent(self) -> float:

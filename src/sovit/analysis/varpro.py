@@ -179,7 +179,7 @@ def restricted(objective: float, jacobian: Array, noise: Noise, free: float) -> 
 
 
 def _bounds(value: float | Array, num_exponents: int) -> Array:
-    return np.log(np.broadcast_to(np.asarray(value, float), (num_exponents,))).copy()
+    return np.full(num_exponents, np.log(value))
 
 
 def _pull(pull: Pull | None, num_exponents: int) -> Array:
