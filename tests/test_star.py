@@ -11,6 +11,7 @@ import pytest
 
 from sovit import records
 from sovit.analysis import diagnostics
+from sovit.analysis.fit import Prior
 from sovit.analysis.grid import sweep_kind
 from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, Point, load_points
@@ -404,3 +405,15 @@ def test_an_evaluation_recorded_twice_is_refused(tmp_path):
 
 def test_a_star_is_a_star():
     assert sweep_kind([Shape(*shape, 4, 8) for shape in TINY]) == "star"
+
+
+def test_shared_parameters_and_priors_reach_the_fit():
+    """A prior that contradicts the data moves s; sharing adds a second answer beside the first."""
+    points = made_star()
+    plain_fit, held = fit_star(points), fit_star(points, priors={"b": Prior(3.0, 1e-3)})
+    assert held.arms["width"].law.b == pytest.approx(3.0, rel=0.02)
+    assert held.arms["width"].s.estimate < 0.8 * plain_fit.arms["width"].s.estimate
+    shared = fit_star(points, share=["c"]).shared
+    assert set(shared.s) == set(plain_fit.arms)
+    for name, interval in shared.s.items():
+        assert interval.lo <= plain_fit.arms[name].s.estimate <= interval.hi

@@ -237,9 +237,19 @@ def trust(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
         notes.append(
             "The choice of cut-off (errors above it are not fitted) is not in the intervals; its range stands beside them."
         )
-    if any((run.get("config") or {}).get("data", {}).get("name") == "fractals" for run in runs):
+    if fit.get("shared"):
+        notes.append(_shared(fit["shared"]))
+    simulated = SIMULATED in notes
+    if not simulated and any((run.get("config") or {}).get("data", {}).get("name") == "fractals" for run in runs):
         notes.append(EMBEDDED["grid" if kind == "grid" else "star"])
     return notes
+
+
+def _shared(found: dict[str, Any]) -> str:
+    """The exponents of all arms fitted together, and whether the data allow it."""
+    each = ", ".join(f"{ARMS[arm]} {exponent(one['estimate'])} {interval(one)}" for arm, one in found["s"].items())
+    verdict = "which the data reject" if found["p"] <= 0.05 else "which the data allow"
+    return f"With {listed(found['shared'])} in common, {verdict} (p = {number(found['p'], 2)}): {each}."
 
 
 def baselines(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, float]:
