@@ -137,7 +137,7 @@ def efficiency(replicates: int) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for name, law in LAWS.items():
-        x, t, run = design(name)
+        x, t, _ = design(name)
         truth = law.error(x, t)
         logs = law_logs(*centred(x, t))
         first = fit_law(x, t, truth)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,13 +25,24 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from sovit.analysis.diagnostics import unusable, vectors
-from sovit.analysis.diagonal import HELD_OUT, fit_diagonal
+from sovit.analysis.diagonal import HELD_OUT, DiagonalFit, fit_diagonal
 from sovit.analysis.grid import fit_grid
 from sovit.analysis.intervals import fit_with_runs
-from sovit.analysis.joint import FlopsLaw, Form, Geometry, fit_flops, fit_points, read_geometry, wald
+from sovit.analysis.joint import (
+    NEAR,
+    FlopsFit,
+    FlopsLaw,
+    Form,
+    Geometry,
+    excess,
+    fit_flops,
+    fit_points,
+    read_geometry,
+    wald,
+)
 from sovit.analysis.law import Law
-from sovit.analysis.points import DIMENSIONS, Dimensions, Point, dimensions, load_points
-from sovit.analysis.star import HEADLINE, fit_star
+from sovit.analysis.points import DIMENSIONS, Point, dimensions, load_points
+from sovit.analysis.star import HEADLINE, find_center, fit_star
 from sovit.launch.plan import plan
 from sovit.launch.sweep import load_sweep
 
@@ -176,6 +187,12 @@ def exponents(star: Points) -> Array:
     return np.array([law.exponent for law in fits])
 
 
+def flops(points: Points) -> FlopsFit:
+    """The FLOPs law of the points near the frontier, as `fit_joint` fits it."""
+    near = points.take(excess(points.t, points.error) <= NEAR)
+    return fit_flops(near.x, near.t, near.error, near.run, GEOMETRY)
+
+
 PAPER, FULL, STEP = "t^(s/3), the paper's", "t^s", "direction s, fitted step"
 LAW, LAW_STEP = "FLOPs law", "direction of the FLOPs law, fitted step"
 RULES = (PAPER, FULL, STEP, LAW_STEP, LAW)
@@ -211,7 +228,7 @@ def fit_all(truth: Truth, designs: dict[str, Design], noise: Noise, rng: np.rand
         return direction, fit_with_runs(g, line.t, line.error, line.run).fit.law
 
     both = star + grid
-    law = fit_flops(both.x, both.t, both.error, both.run, GEOMETRY).law
+    law = flops(both).law
     growth = None
     if law.has_optimum():
         growth = law.growth(T0)
@@ -234,9 +251,12 @@ def regrets(designs: dict[str, Design], replicates: int, say: Say) -> None:
     say("shipped one (6 sizes over a factor 3, 3 durations), and a wide one (6 sizes over a factor 16, 6 durations).\n")
     wide = designs | {"star": wide_star()}
     cases = [
-        ("shipped", designs, Noise()), ("shipped", designs, Noise(0.0025, 0.0025)), ("shipped", designs, Noise(0.005, 0.005)),
-        ("shipped", designs, Noise(0.005, 0.005, 3)), ("wide", wide, Noise(0.005, 0.005)),
-    ]  # fmt: skip
+        ("shipped", designs, Noise()),
+        ("shipped", designs, Noise(0.0025, 0.0025)),
+        ("shipped", designs, Noise(0.005, 0.005)),
+        ("shipped", designs, Noise(0.005, 0.005, 3)),
+        ("wide", wide, Noise(0.005, 0.005)),
+    ]
     for name, truth in TRUTHS.items():
         say(f"### The {name} truth\n")
         say("| star, noise | rule | x10 | x100 | x1000 |")
@@ -284,10 +304,7 @@ def held_out_errors(designs: dict[str, Design], replicates: int, say: Say) -> No
                     for (k, arm), (_, rest) in zip(arms(early[0]), arms(late), strict=True)
                 ]
             )
-            two, three = (
-                fit_flops(p.x, p.t, p.error, p.run, GEOMETRY).law.error(late.x, late.t) / truth.error(late.x, late.t)
-                for p in (early[0], whole)
-            )
+            two, three = (flops(p).law.error(late.x, late.t) / truth.error(late.x, late.t) for p in (early[0], whole))
             rows.append([np.sqrt(np.mean(np.log(ratio) ** 2)) for ratio in (one, two, three)])
         say(f"| {name} | {' | '.join(f'{value:.2%}' for value in np.median(rows, axis=0))} |")
     say("")
@@ -311,7 +328,7 @@ def coverage(designs: dict[str, Design], replicates: int, say: Say) -> None:
             hits, halves, runs = [], [], 0
             for _ in range(replicates):
                 points = measure(truth, design, noise, rng)
-                fit = fit_flops(points.x, points.t, points.error, points.run, GEOMETRY)
+                fit = flops(points)
                 runs = fit.num_runs
                 if not fit.law.has_optimum():  # no interval is given
                     continue
@@ -335,119 +352,114 @@ def coverage(designs: dict[str, Design], replicates: int, say: Say) -> None:
 
 def real(runs: Path, say: Say) -> None:
     """The same questions to the embedded data: held-out budgets of the tiny star, grid and diagonal."""
-    names = ("star_tiny", "grid_tiny", "diagonal_tiny")
-    points = {name: load_points(runs / name, "fractals", 10)[0] for name in names}
-    geometry = read_geometry([runs / name for name in names])
-    usable = {
-        name: [one for one in found if (one.run_id, one.duration) not in unusable(found) and one.error <= HEADLINE]
-        for name, found in points.items()
-    }
-    star = fit_star(points["star_tiny"], cutoffs=(HEADLINE,)).as_dict()
-    s = {name: arm["law"] and Law(**arm["law"]).exponent for name, arm in star["arms"].items()}
-    grid = fit_grid(points["grid_tiny"]).as_dict()
-    start = grid["origin"] or {**grid["winners"][-1]["best"], "t0_gflops": grid["winners"][-1]["t_gflops"]}
-    origin, t0 = Dimensions(*(start[name] for name in DIMENSIONS)), start["t0_gflops"]
-    _held_out_real(usable, geometry, say)
-    _rules_real(points["diagonal_tiny"], s, origin, t0, bool(grid["origin"]), say)
+    directories = [runs / name for name in ("star_tiny", "grid_tiny", "diagonal_tiny")]
+    star, grid, line = (load_points(directory, "fractals", 10)[0] for directory in directories)
+    usable = [
+        [p for p in found if (p.run_id, p.duration) not in unusable(found) and p.error <= HEADLINE]
+        for found in (star, grid, line)
+    ]
+    held_out_real(*usable, read_geometry(directories), say)
+    arms = fit_star(star, cutoffs=(HEADLINE,)).arms
+    direction = {name: arm.law.exponent for name, arm in arms.items() if arm.law}
+    start = fit_grid(grid).origin
+    if start is None:
+        raise SystemExit("the tiny grid names no origin; extend it.")
+    rules_real(fit_diagonal(line, direction=direction, origin=start), start.t0_gflops, say)
 
 
-def _held_out_real(usable: dict[str, list[Point]], geometry: Geometry, say: Say) -> None:
-    arm_points = {name: [p for p in usable["star_tiny"] if _arm(p) == name] for name in DIMENSIONS}
-    early, late = {}, {}
-    for name in ("star_tiny", "grid_tiny", "diagonal_tiny"):
-        limit = max(p.t_gflops for p in usable["star_tiny"]) / HELD_OUT
-        early[name] = [p for p in usable[name] if p.t_gflops <= limit]
-        late[name] = [p for p in usable[name] if p.t_gflops > limit]
-    say("## The embedded data: largest budgets (181 and 256 GFLOPs) predicted from those up to 128\n")
-    say(
-        "Root mean square of log measured over predicted error, bias in brackets; seeds of one shape differ by about 2%.\n"
-    )
-    say("| law | fitted to | tau | star, held out | diagonal, held out |")
-    say("|---|---|---|---|---|")
+def held_out_real(star: list[Point], grid: list[Point], line: list[Point], geometry: Geometry, say: Say) -> None:
+    # A shape and seed trained in two sweeps is one run: the first counts.
+    together = list({(*dimensions(p), p.seed, p.duration): p for p in (*line, *grid, *star)}.values())
+    far = excess([p.t_gflops for p in together], [p.error for p in together])
+    near = {(dimensions(p), p.duration) for p, factor in zip(together, far, strict=True) if factor <= NEAR}
+    limit = max(p.t_gflops for p in star) / HELD_OUT
+    center = find_center(star)
+    arms = {name: [p for p in star if dimensions(p).differs(center) == [name]] for name in DIMENSIONS}
+    held = [
+        [p for group in arms.values() for p in group if p.t_gflops > limit],
+        [p for p in line if p.t_gflops > limit],
+    ]
 
-    def score(predicted: Array, held: list[Point]) -> str:
-        residuals = np.log([p.error for p in held]) - np.log(predicted)
+    def close(points: Iterable[Point]) -> list[Point]:
+        return [p for p in points if (dimensions(p), p.duration) in near]
+
+    def score(law: Callable[[Point], float], points: list[Point]) -> str:
+        residuals = np.array([math.log(p.error / law(p)) for p in points])
         return f"{np.sqrt(np.mean(residuals**2)):.1%} ({residuals.mean():+.1%})"
 
-    errors, order, taus = [], [], []
-    for name, group in arm_points.items():
-        first, last = ([p for p in group if (p.t_gflops <= limit) == side] for side in (True, False))
-        x, t, error, run = vectors(name, first)
-        fit = fit_with_runs(x, t, error, run)
-        taus.append(fit.tau)
-        errors.append(fit.fit.law.error([getattr(p, name) for p in last], [p.t_gflops for p in last]))
-        order += last
-    say(f"| Eq. 2, an arm each | star | {max(taus):.1%} | {score(np.concatenate(errors), order)} | |")
-    for label, form in (("FLOPs", Form()), ("FLOPs, larger shapes need more images", Form(burden=True))):
-        for sweeps in (("star_tiny",), ("star_tiny", "grid_tiny"), ("star_tiny", "grid_tiny", "diagonal_tiny")):
-            fit = fit_points([p for name in sweeps for p in early[name]], geometry, form)
-            held = {
-                name: score(
-                    fit.law.error([[p.width, p.depth, p.mlp_dim] for p in group], [p.t_gflops for p in group]), group
-                )
-                for name, group in (("star_tiny", order), ("diagonal_tiny", late["diagonal_tiny"]))
-            }
-            fitted = ", ".join(name.removesuffix("_tiny") for name in sweeps)
-            say(f"| {label} | {fitted} | {fit.tau:.1%} | {held['star_tiny']} | {held['diagonal_tiny']} |")
-    say("")
+    def row(label: str, law: Callable[[Point], float], tau: float, groups: Sequence[list[Point]]) -> None:
+        scores = [score(law, points) for group in groups for points in (close(group), group)]
+        say(f"| {label} | {tau:.1%} | {' | '.join([*scores, '', ''][:4])} |")
+
+    say("## The embedded data: largest budgets (181 and 256 GFLOPs) predicted from those up to 128\n")
+    say(
+        "Root mean square (and mean) of log measured over predicted error on held-out points, all of them and those within"
+    )
+    say(
+        "1.5 times the best of their compute. tau: how far whole runs lie off the law; seeds of one shape differ by 2%.\n"
+    )
+    say("| law, fitted to | tau | star, near | star, all | diagonal, near | diagonal, all |")
+    say("|---|---|---|---|---|---|")
+    fits = {
+        name: fit_with_runs(*vectors(name, [p for p in group if p.t_gflops <= limit])) for name, group in arms.items()
+    }
+
+    def eq2(p: Point) -> float:
+        [name] = dimensions(p).differs(center)
+        return float(fits[name].fit.law.error(getattr(p, name), p.t_gflops))
+
+    row("Eq. 2, an arm each, star", eq2, max(fit.tau for fit in fits.values()), held[:1])
+    for kind in ("near", "all"):
+        for label, points in (("star", star), ("star, grid", [*star, *grid]), ("star, grid, diagonal", together)):
+            chosen = [p for p in together if p in points and p.t_gflops <= limit]
+            fit = fit_points(close(chosen) if kind == "near" else chosen, geometry)
+            row(
+                f"FLOPs law, {label}, {kind} points",
+                lambda p, law=fit.law: float(law.error(dimensions(p), p.t_gflops)),
+                fit.tau,
+                held,
+            )
+            if (label, kind) == ("star, grid", "near"):
+                named = fit.law.optimum(256.0)
+    best = sorted((p.error, dimensions(p)) for p in held[0] + held[1] if p.duration == "256 gflops")[:3]
+    say(
+        f"\nFor 256 GFLOPs the law of star and grid's near points names {named[0]:.0f}x{named[1]:.1f}x{named[2]:.0f}; the"
+    )
+    say(f"best measured there are {', '.join(f'{shape} ({error:.3f})' for error, shape in best)}.\n")
 
 
-def _arm(point: Point) -> str | None:
-    different = dimensions(point).differs(Dimensions(32, 4, 128))
-    return different[0] if len(different) == 1 else None
-
-
-def _rules_real(
-    points: Sequence[Point], s: dict[str, float], origin: Dimensions, t0: float, inside: bool, say: Say
-) -> None:
-    whole = fit_diagonal(points, direction=s, origin=origin)
-    law = whole.law
+def rules_real(whole: DiagonalFit, t0: float, say: Say) -> None:
     say("## The embedded data: how far along the star's direction, by held-out budget\n")
-    say(f"Direction {', '.join(f'{name} {value:.2f}' for name, value in s.items())} (the tiny star), origin {origin} at "
-        f"t0 = {t0:g} GFLOPs ({'the tiny grid' if inside else 'its best shape at its largest compute; it names no origin'}).")  # fmt: skip
-    step = whole.step
+    direction, step = ", ".join(f"{name} {value:.2f}" for name, value in whole.direction.items()), whole.step
     say(
-        f"Step from all budgets: {step.estimate:.2f} [{step.lo:.2f}, {step.hi:.2f}]; the paper's is 0.33.\n"
-        if step
-        else f"Step from all budgets: {whole.why}.\n"
+        f"Direction {direction} (tiny star), origin {'x'.join(map(str, whole.origin.values()))}, t0 = {t0:g} GFLOPs (tiny"
+    )
+    say(f"grid). Step: {whole.why or f'{step.estimate:.2f} [{step.lo:.2f}, {step.hi:.2f}]'}; the paper's is 0.33.\n")
+    say(
+        "G for each budget by the paper's rule and by a step fitted to the smaller budgets; in brackets the share of compute"
     )
     say(
-        "For each budget: G by the paper's rule, by a step fitted to the smaller budgets, by a parabola through the measured"
+        "each wastes by the law of all budgets; then that law's own G, and the minimum of a parabola through the slice.\n"
     )
-    say("errors; in brackets the share of compute it wastes by the law fitted to all budgets.\n")
-    say("| budget, GFLOPs | paper, (t / t0)^(1/3) | fitted step | measured | law of all budgets |")
-    say("|---|---|---|---|---|")
-    used = [p for p in whole.points if p["used"]]
+    say(
+        "| budget, GFLOPs | paper, (t / t0)^(1/3) | step, budgets to 91 | step, smaller budgets | all budgets | parabola |"
+    )
+    say("|---|---|---|---|---|---|")
+    used = [row for row in whole.points if row["used"]]
+
+    def fitted(below: float, t: float) -> float:
+        """G for t by the law of the budgets below."""
+        early = [row for row in used if row["t_gflops"] < below]
+        x, time, error = (np.array([row[key] for row in early], float) for key in ("g", "t_gflops", "error"))
+        return float(fit_with_runs(x, time, error, [row["run_id"] for row in early]).fit.law.optimum(t))
+
     for piece in whole.minima[3:]:
         t = piece.t_gflops
-        early = [p for p in used if p["t_gflops"] < 0.9 * t]
-        fitted = fit_with_runs(
-            *(np.array([p[key] for p in early], float) for key in ("g", "t_gflops", "error")),
-            [p["run_id"] for p in early],
-        ).fit.law
-        cells = []
-        for g in ((t / t0) ** (1 / 3), float(fitted.optimum(t))):
-            wasted = regret(_Along(law), np.array(g), t) if law and math.isfinite(g) else math.nan
-            cells.append(f"{g:.2f} ({wasted:.0%})")
-        measured = f"{piece.parabola_x:.2f}" if piece.parabola_x else "at the edge"
-        say(f"| {t:.0f} | {cells[0]} | {cells[1]} | {measured} | {float(law.optimum(t)) if law else math.nan:.2f} |")
+        named = ((t / t0) ** (1 / 3), fitted(100, t), fitted(0.9 * t, t))
+        cells = [f"{g:.2f} ({regret(whole.law, np.array(g), t):.0%})" if math.isfinite(g) else "none" for g in named]
+        parabola = f"{piece.parabola_x:.2f}" if piece.parabola_x else "at an edge"
+        say(f"| {t:.0f} | {' | '.join(cells)} | {float(whole.law.optimum(t)):.2f} | {parabola} |")
     say("")
-
-
-@dataclass(frozen=True)
-class _Along:
-    """A law of G as a truth of one size."""
-
-    law: Law
-
-    def error(self, x: Array, t: Array | float) -> Array:
-        return self.law.error(x, t)
-
-    def optimum(self, t: float) -> Array:
-        return self.law.optimum(t)
-
-    def frontier(self, t: float) -> float:
-        return float(self.law.frontier(t))
 
 
 def main() -> None:
@@ -465,7 +477,7 @@ def main() -> None:
 
     designs = {name: shipped(name) for name in ("star", "grid")}
     say("# How far to scale, and by which law\n")
-    say("    python benchmarks/joint.py\n")
+    say("    python benchmarks/joint.py --runs runs --out benchmarks/joint.md\n")
     regrets(designs, options.replicates, say)
     held_out_errors(designs, options.replicates, say)
     coverage(designs, options.coverage, say)

@@ -176,7 +176,9 @@ def test_fit_writes_the_fit_of_a_star_and_its_report(tmp_path: Path, capsys: pyt
         and fit["center"] == dict(zip(("width", "depth", "mlp_dim"), center, strict=True))
     )
     assert [arm["s"]["estimate"] for arm in fit["arms"].values()] == pytest.approx([0.5] * 3, rel=0.02)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"fit.json", "fit.png", "report.html", "report.json", "report.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "fit.json", "fit.png", "report.html", "report.json", "report.md",
+    }  # fmt: skip
     assert "10-shot error on fractals" in capsys.readouterr().out
 
     again = ["fit", str(tmp_path / "made_up"), "--out", str(tmp_path / "out")]

@@ -101,7 +101,8 @@ def project(exponents, logs, inverse, target, noise, pull=None):
     curvature = np.empty((num_exponents, num_exponents))
     pull = np.zeros((2, num_exponents)) if pull is None else pull
     objective = kernel.project(
-        np.log(exponents), logs, np.any(logs != 0, axis=2), inverse, target, noise.inverse_scale, noise.run, noise.shrink, pull,
+        np.log(exponents), logs, np.any(logs != 0, axis=2), inverse, target,
+        noise.inverse_scale, noise.run, noise.shrink, pull,
         coefficients, gradient, curvature,
     )  # fmt: skip
     return objective, coefficients, gradient, curvature

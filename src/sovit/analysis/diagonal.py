@@ -35,7 +35,7 @@ from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, HasShape, Point, dimensions, plain
 
 SCHEMA = 1
-_STRAIGHT = 0.97  # share of the shapes' log variance along their line; rounding takes up to 2% at depths from 1
+_STRAIGHT = 0.97  # share of the shapes' log variance along their line; rounding takes below 1%, a bend more
 HELD_OUT = 1.9  # the largest budgets: two of a progression by sqrt 2
 AnyPoint = TypeVar("AnyPoint", bound=Point)
 
@@ -199,7 +199,7 @@ def fit_diagonal(
     scaled = [ScaledPoint(**_fields(point), g=place(point, along, start)) for point in points]
     reasons = check.unusable(scaled)
     usable = [point for point in scaled if (point.run_id, point.duration) not in reasons]
-    arm = star._fit_arm("g", usable, [], sorted(cutoffs, reverse=True), headline, level, weights)
+    arm = star.fit_arm("g", usable, [], sorted(cutoffs, reverse=True), headline, level, weights)
     used = [point for point in usable if point.error <= headline]
     warnings = [*arm.warnings, *_mismatch(along, deduced)]
     if exclusions:

@@ -106,7 +106,7 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
             if rows:
                 record = records.read_run(run_dir) or {}
                 origin = {"sweep": rows[0].get("sweep"), "simulated": "simulated" in record}
-                recipes[run_dir.name] = _recipe(record.get("config") or {}) | origin
+                recipes[run_dir.name] = recipe(record.get("config") or {}) | origin
             rows = [row for row in rows if row["step"] > 0]
             available |= {(row["dataset"], row["shots"]) for row in rows}
             rows = [row for row in rows if row["dataset"] == dataset and row["shots"] == shots]
@@ -157,13 +157,13 @@ _FREE = (
 )
 
 
-def _recipe(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def recipe(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys of a run's configuration that all runs of a fit must share."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         dotted = prefix + key
         if isinstance(value, Mapping):
-            flat |= _recipe(value, f"{dotted}.")
+            flat |= recipe(value, f"{dotted}.")
         elif not dotted.startswith(_FREE):
             flat[dotted] = value
     return flat

@@ -187,7 +187,7 @@ def fit_star(
         group = [point for point in usable if arm_of[dimensions(point)] == name]
         if name in arm_of.values():
             at_center = [point for point in usable if arm_of[dimensions(point)] is None]
-            arms[name] = _fit_arm(
+            arms[name] = fit_arm(
                 name, group, at_center, sorted(cutoffs, reverse=True), headline, level, weights, priors
             )
             if len(seeds) > 1:
@@ -287,7 +287,7 @@ def _at_edge(name: str, edge: check.Edge) -> str | None:
     return f"the minimum is {where} of {edge.num_slices} durations"
 
 
-def _fit_arm(
+def fit_arm(
     name: str,
     points: Sequence[Point],
     at_center: Sequence[Point],
