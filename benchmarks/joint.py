@@ -25,10 +25,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from sovit.analysis.diagnostics import unusable, vectors
-from sovit.analysis.diagonal import HELD_OUT, DiagonalFit, fit_diagonal
-from sovit.analysis.grid import fit_grid
-from sovit.analysis.intervals import fit_with_runs
-from sovit.analysis.joint import (
+from sovit.analysis.forecast.diagonal import HELD_OUT, DiagonalFit, fit_diagonal
+from sovit.analysis.forecast.joint import (
     NEAR,
     FlopsFit,
     FlopsLaw,
@@ -40,6 +38,8 @@ from sovit.analysis.joint import (
     read_geometry,
     wald,
 )
+from sovit.analysis.grid import fit_grid
+from sovit.analysis.intervals import fit_with_runs
 from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Point, dimensions, load_points
 from sovit.analysis.star import HEADLINE, find_center, fit_star

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit.analysis.design import Task, best_design, middle_compute
-from sovit.analysis.exchange import shifted
-from sovit.analysis.information import ASSUMED, WIDE, Arm, Spread, assumed_law, expect, half_width
 from sovit.analysis.intervals import fit_with_runs
 from sovit.analysis.law import Law
+from sovit.analysis.planning.design import Task, best_design, middle_compute
+from sovit.analysis.planning.exchange import shifted
+from sovit.analysis.planning.information import ASSUMED, WIDE, Arm, Spread, assumed_law, expect, half_width
 from sovit.analysis.points import Dimensions
 from sovit.config import compose
 

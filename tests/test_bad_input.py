@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sovit import records
-from sovit.analysis import report
+from sovit.analysis.report import page as report
 from sovit.cli import main
 
 CENTER = (32, 4, 128)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from sovit.analysis import report
-from sovit.analysis.checklist import NOT_RECORDED, checklist
 from sovit.analysis.grid import fit_grid
 from sovit.analysis.points import load_points
+from sovit.analysis.report import page as report
+from sovit.analysis.report.checklist import NOT_RECORDED, checklist
 from sovit.analysis.star import fit_star
 from test_report import grid_points, star_cells, write_star
 
@@ -162,8 +162,8 @@ def test_the_number_of_test_images_comes_from_the_recorded_standard_errors(tmp_p
 
 
 def test_the_report_counts_what_is_answered(star: tuple, tmp_path: Path) -> None:
-    from sovit.analysis.contents import contents
-    from sovit.analysis.document import as_json
+    from sovit.analysis.report.contents import contents
+    from sovit.analysis.report.document import as_json
 
     found = as_json(contents(*star))["sections"]["checklist"]
     rows = found["tables"]["checklist"]["rows"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sovit import records
-from sovit.analysis.design import (
+from sovit.analysis.planning.design import (
     LEAST_STEPS,
     Step,
     Task,
@@ -24,8 +24,8 @@ from sovit.analysis.design import (
     uniform_designs,
     worth_running,
 )
-from sovit.analysis.exchange import Run, make_pool, search, shifted
-from sovit.analysis.information import ASSUMED, Spread, arm, assumed_law, expect
+from sovit.analysis.planning.exchange import Run, make_pool, search, shifted
+from sovit.analysis.planning.information import ASSUMED, Spread, arm, assumed_law, expect
 from sovit.analysis.points import Dimensions
 from sovit.analysis.star import fit_star
 from sovit.cli import design

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sovit.analysis.diagonal import fit_diagonal, is_diagonal, place, principal_direction, step_along
 from sovit.analysis.fit import Noise, fit_law
+from sovit.analysis.forecast.diagonal import fit_diagonal, is_diagonal, place, principal_direction, step_along
 from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, Point
 from sovit.launch.sweep import load_sweep

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sovit import cli, records
-from sovit.analysis import imported as laid_down
-from sovit.analysis.importers import parse_map, read_csv, read_jsonl, read_wandb
+from sovit.analysis.imports import imported as laid_down
+from sovit.analysis.imports.importers import parse_map, read_csv, read_jsonl, read_wandb
 from sovit.analysis.points import Dimensions, Point, load_points
 from sovit.analysis.star import fit_star
 from sovit.cli import importers
@@ -546,7 +546,7 @@ def test_hostile_text_reaches_the_terminal_as_plain_characters(sovit, tmp_path):
 def test_readers_and_mapping_work_without_the_command(tmp_path):
     """The functions themselves, as a notebook would call them."""
     table = read_csv(write_csv(tmp_path / "star.csv", star_rows()))
-    from sovit.analysis.imported_rows import Options
+    from sovit.analysis.imports.imported_rows import Options
 
     made = laid_down.build(table, parse_map([MAP]), "theirs", Options("imagenet", 10))
     directory, num_new = laid_down.write(made, tmp_path / "runs")

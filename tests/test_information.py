@@ -8,7 +8,9 @@ import pytest
 from scipy.optimize import approx_fprime, brentq
 from scipy.stats import t as t_distribution
 
-from sovit.analysis.information import (
+from sovit.analysis.intervals import exponent_interval, fit_with_runs
+from sovit.analysis.law import Law
+from sovit.analysis.planning.information import (
     ASSUMED,
     Arm,
     Spread,
@@ -24,8 +26,6 @@ from sovit.analysis.information import (
     seed_spread,
     weaknesses,
 )
-from sovit.analysis.intervals import exponent_interval, fit_with_runs
-from sovit.analysis.law import Law
 from sovit.analysis.points import Point
 
 PAPER_RANGE = {"width": 3.2, "depth": 5.0, "mlp_dim": 5.6}

@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize
 
 from sovit import records
-from sovit.analysis.joint import (
+from sovit.analysis.forecast.joint import (
     FlopsLaw,
     Form,
     Geometry,

@@ -13,10 +13,10 @@ from scipy.optimize import brentq, minimize
 from scipy.stats import t as t_distribution
 
 from sovit import cli, config, records
-from sovit.analysis import candidates as whole
-from sovit.analysis.exponents import Start, given, grid_origin, read_fit, star_exponents
-from sovit.analysis.predict import fitted_rule, paper_rule
-from sovit.analysis.region import region
+from sovit.analysis.forecast import candidates as whole
+from sovit.analysis.forecast.exponents import Start, given, grid_origin, read_fit, star_exponents
+from sovit.analysis.forecast.predict import fitted_rule, paper_rule
+from sovit.analysis.forecast.region import region
 from sovit.cli import predict
 from sovit.flops import forward_gflops, num_params
 from sovit.shape import Shape
@@ -397,7 +397,7 @@ def joint_points(sizes, t, geometry):
 
 @pytest.fixture(scope="module")
 def joint_dir(tmp_path_factory):
-    from sovit.analysis.joint import Geometry, fit_joint
+    from sovit.analysis.forecast.joint import Geometry, fit_joint
     from sovit.analysis.points import Point
 
     geometry = Geometry(**TINY, num_heads=4)
@@ -414,7 +414,7 @@ def joint_dir(tmp_path_factory):
 
 def test_the_law_that_knows_its_flops_brings_its_own_optimum_and_exact_regret(run, joint_dir):
     """Against Nelder-Mead and root finding on the law the points came from."""
-    from sovit.analysis.joint import Geometry
+    from sovit.analysis.forecast.joint import Geometry
 
     geometry = Geometry(**TINY, num_heads=4)
 

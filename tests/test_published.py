@@ -9,9 +9,10 @@ import pytest
 from scipy.optimize import least_squares
 
 from sovit import cli
-from sovit.analysis import published, published_shapes
-from sovit.analysis.published import CURVES, LATE, SOVIT_C, Curve, compare, fit_curve, fit_frontier, frontier
-from sovit.analysis.published_shapes import ORIGIN, SHAPES, budgets, fitted_growth, implied_factors, shape_rules
+from sovit.analysis.published import curves as published
+from sovit.analysis.published import shapes as published_shapes
+from sovit.analysis.published.curves import CURVES, LATE, SOVIT_C, Curve, compare, fit_curve, fit_frontier, frontier
+from sovit.analysis.published.shapes import ORIGIN, SHAPES, budgets, fitted_growth, implied_factors, shape_rules
 from sovit.cli import importers
 from sovit.flops import forward_gflops
 from sovit.shape import parse_shape

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sovit.analysis import drawing, figures, linear, maps, misfit, report, summary
-from sovit.analysis.contents import contents
 from sovit.analysis.fit import Noise, fit_law
 from sovit.analysis.grid import fit_grid
 from sovit.analysis.intervals import index_runs
 from sovit.analysis.law import Law
 from sovit.analysis.points import Point, load_points
+from sovit.analysis.report import drawing, figures, linear, maps, misfit, summary
+from sovit.analysis.report import page as report
+from sovit.analysis.report.contents import contents
 from sovit.analysis.star import fit_star
 from sovit.flops import forward_gflops, num_params
 from sovit.shape import Shape
@@ -379,7 +380,9 @@ def test_the_random_initialisation_is_averaged_over_runs_for_the_metric_only(fit
 
 
 def test_importing_the_report_loads_neither_torch_nor_matplotlib() -> None:
-    script = "import sys, sovit.analysis.report; print(sorted({'torch', 'matplotlib', 'jinja2'} & set(sys.modules)))"
+    script = (
+        "import sys, sovit.analysis.report.page; print(sorted({'torch', 'matplotlib', 'jinja2'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -28,14 +28,15 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from sovit.analysis import drawing, report, sections
-from sovit.analysis.contents import contents
-from sovit.analysis.diagonal import fit_diagonal
-from sovit.analysis.document import as_json
+from sovit.analysis.forecast.diagonal import fit_diagonal
 from sovit.analysis.grid import fit_grid
 from sovit.analysis.points import Point, load_points
+from sovit.analysis.report import drawing, sections
+from sovit.analysis.report import page as report
+from sovit.analysis.report.contents import contents
+from sovit.analysis.report.document import as_json
+from sovit.analysis.report.words import visible
 from sovit.analysis.star import fit_star
-from sovit.analysis.words import visible
 from sovit.flops import forward_gflops
 from sovit.shape import Shape
 from test_report import write_star

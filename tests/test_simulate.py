@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from sovit import cli, records
-from sovit.analysis import truth
 from sovit.analysis.points import DIMENSIONS, Dimensions, load_points
-from sovit.analysis.simulate import TINY, Disturbance, cells_at, draw, draw_errors, star_shapes, truth_for
+from sovit.analysis.simulation import truth
+from sovit.analysis.simulation.simulate import TINY, Disturbance, cells_at, draw, draw_errors, star_shapes, truth_for
 from sovit.analysis.star import fit_star
 from sovit.cli import simulate as command
 from sovit.config import compose

@@ -28,9 +28,9 @@ from sovit.cli.expected import (
 from sovit.cli.options import DEFAULT_METRIC, positive
 
 if TYPE_CHECKING:
-    from sovit.analysis.design import Design, Step, Task
-    from sovit.analysis.exchange import Run
-    from sovit.analysis.information import Arm
+    from sovit.analysis.planning.design import Design, Step, Task
+    from sovit.analysis.planning.exchange import Run
+    from sovit.analysis.planning.information import Arm
     from sovit.config import RunConfig
 
 
@@ -88,8 +88,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _design(arguments: argparse.Namespace) -> int:
-    from sovit.analysis import design as search
-    from sovit.analysis.information import assumed_law, fitted_laws
+    from sovit.analysis.planning import design as search
+    from sovit.analysis.planning.information import assumed_law, fitted_laws
     from sovit.analysis.points import DIMENSIONS, dimensions
     from sovit.config import shape_of
 
@@ -149,7 +149,7 @@ def _composed(overrides: Sequence[str]) -> RunConfig:
 
 
 def _design_text(task: Task, found: Design) -> str:
-    from sovit.analysis.design import planned_run, uniform_designs
+    from sovit.analysis.planning.design import planned_run, uniform_designs
 
     run = planned_run(found.cfg, found.center)
     table = [["", "runs", "s", "s.e.", "expected 95%", "optimum at T", "known within", "compute lost"]]
@@ -260,8 +260,8 @@ def _cells(count: int) -> str:
 
 
 def _next(arguments: argparse.Namespace) -> int:
-    from sovit.analysis import design as search
-    from sovit.analysis.information import summary
+    from sovit.analysis.planning import design as search
+    from sovit.analysis.planning.information import summary
 
     if not 0 < arguments.enough < 1:
         raise ValueError(f"--enough {arguments.enough:g} is not between 0 and 1; write 0.01 for 1%.")
@@ -313,7 +313,7 @@ def _candidates(
     from omegaconf import OmegaConf
 
     from sovit import records
-    from sovit.analysis.design import LEAST_STEPS, friendly_sizes, planned_run
+    from sovit.analysis.planning.design import LEAST_STEPS, friendly_sizes, planned_run
     from sovit.analysis.points import Dimensions, dimensions
     from sovit.config import resolve
 
@@ -342,7 +342,7 @@ def _candidates(
 def _next_text(
     arms: Mapping[str, Arm], target: float, before: tuple[float, float], steps: Sequence[Step], fit: Mapping[str, Any]
 ) -> str:
-    from sovit.analysis.information import expect
+    from sovit.analysis.planning.information import expect
 
     table = [["", "runs", "optimum at T", "known within", "compute lost"]]
     for name, points in arms.items():

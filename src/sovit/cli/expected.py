@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sovit.analysis.information import Expected, Spread
+    from sovit.analysis.planning.information import Expected, Spread
     from sovit.launch.plan import Plan
 
 NOISE_HELP = (
@@ -71,7 +71,7 @@ def spreads(
     text: str | None, fit: Mapping[str, Any] | None, names: Iterable[str], metric: tuple[str, int]
 ) -> dict[str, Spread]:
     """The noise of each arm: as written, else of the runs named by ``from``, else of the fit. Raises ValueError."""
-    from sovit.analysis.information import Spread, fitted_spreads
+    from sovit.analysis.planning.information import Spread, fitted_spreads
 
     said = parse_noise(text) if text else {}
     numbers = {}
@@ -104,7 +104,7 @@ def spreads(
 
 def _measured(directory: Path, fit: Mapping[str, Any] | None, metric: tuple[str, int]) -> dict[str, Spread]:
     """The noise of finished runs: from repeated seeds, else from the fit given or in their directory."""
-    from sovit.analysis.information import fitted_spreads, seed_spread
+    from sovit.analysis.planning.information import fitted_spreads, seed_spread
     from sovit.analysis.points import DIMENSIONS, load_points
     from sovit.analysis.star import HEADLINE
 
@@ -187,7 +187,7 @@ def plan_text(made: Plan, metric: tuple[str, int], noise: str | None, law: Path 
     """What the runs of a plan are expected to tell about every exponent. Raises ValueError if they are no star."""
     import numpy as np
 
-    from sovit.analysis.information import arm, assumed_law, expect, fitted_laws, weaknesses
+    from sovit.analysis.planning.information import arm, assumed_law, expect, fitted_laws, weaknesses
     from sovit.analysis.points import DIMENSIONS, dimensions
     from sovit.analysis.star import find_center
 

@@ -139,7 +139,7 @@ def text(
     """The YAML of an experiment. ``geometry``: image_size, channels, pool, num_classes, pos_embed."""
     import yaml
 
-    from sovit.analysis.words import visible
+    from sovit.analysis.report.words import visible
     from sovit.duration import Duration
 
     groups = config.config_groups()

@@ -58,7 +58,7 @@ def _prior(text: str) -> tuple[str, float, float]:
 
 
 def _fit(arguments: argparse.Namespace) -> int:
-    from sovit.analysis import report
+    from sovit.analysis.report import page as report
 
     directories, dataset, shots = arguments.runs, arguments.dataset, arguments.shots
     for directory in directories:
@@ -97,7 +97,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _runs(directories: Sequence[Path]) -> list[dict[str, Any]]:
-    from sovit.analysis import report
+    from sovit.analysis.report import page as report
 
     return [run for directory in directories for run in report.read_runs(directory)]
 
@@ -107,8 +107,8 @@ def _one_sweep(
 ) -> dict[str, Any]:
     """The fit.json of a star, a grid or a diagonal, whichever the shapes are."""
     from sovit.analysis import doubts
-    from sovit.analysis.diagonal import fit_diagonal, is_diagonal
     from sovit.analysis.fit import Prior
+    from sovit.analysis.forecast.diagonal import fit_diagonal, is_diagonal
     from sovit.analysis.grid import fit_grid, load_shots, sweep_kind
     from sovit.analysis.star import fit_star
 
@@ -146,7 +146,7 @@ def _joint(
     arguments: argparse.Namespace, loaded: Mapping[Path, tuple[Sequence[Point], Sequence[Exclusion]]]
 ) -> dict[str, Any]:
     """The fit.json of the law that knows its FLOPs, over all sweeps."""
-    from sovit.analysis.joint import fit_joint, read_geometry
+    from sovit.analysis.forecast.joint import fit_joint, read_geometry
 
     for option in ("center", "direction", "origin", "prior", "share"):
         if getattr(arguments, option):
@@ -162,8 +162,8 @@ def _joint(
 
 def _direction(text: str | None) -> dict[str, float] | None:
     """Exponents of a diagonal's direction, from a star's fit.json or as given; None to deduce it."""
-    from sovit.analysis.diagonal import star_direction
-    from sovit.analysis.exponents import read_fit
+    from sovit.analysis.forecast.diagonal import star_direction
+    from sovit.analysis.forecast.exponents import read_fit
     from sovit.cli.options import by_dimension
 
     if text is None:
@@ -178,8 +178,8 @@ def _direction(text: str | None) -> dict[str, float] | None:
 
 def _origin(text: str | None) -> Dimensions | None:
     """A diagonal's shape at G = 1, from a grid's fit.json or as given; None for the smallest."""
-    from sovit.analysis.diagonal import grid_origin
-    from sovit.analysis.exponents import read_fit
+    from sovit.analysis.forecast.diagonal import grid_origin
+    from sovit.analysis.forecast.exponents import read_fit
 
     if text is None:
         return None

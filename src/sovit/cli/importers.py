@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sovit.cli.options import positive
 
 if TYPE_CHECKING:
-    from sovit.analysis.imported import Imported
+    from sovit.analysis.imports.imported import Imported
     from sovit.analysis.intervals import Interval
 
 COLUMNS, MAX_LEFT_OUT = 100, 10
@@ -68,9 +68,9 @@ def add_import(commands: argparse._SubParsersAction) -> None:
 def _published(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from sovit.analysis import published as errors
-    from sovit.analysis import published_shapes as shapes
     from sovit.analysis.points import plain
+    from sovit.analysis.published import curves as errors
+    from sovit.analysis.published import shapes
 
     found, late = errors.compare(), errors.compare(min_steps=errors.LATE)
     front, shift_p = errors.fit_frontier(), errors.shift_test()
@@ -106,9 +106,9 @@ def _published(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from sovit.analysis.imported import build, write
-    from sovit.analysis.imported_rows import Options
-    from sovit.analysis.importers import parse_map, read_csv, read_jsonl, read_wandb
+    from sovit.analysis.imports.imported import build, write
+    from sovit.analysis.imports.imported_rows import Options
+    from sovit.analysis.imports.importers import parse_map, read_csv, read_jsonl, read_wandb
 
     columns = parse_map(arguments.map)
     options = Options(
@@ -143,7 +143,7 @@ def _wandb_api() -> Any:
 
 def _import_lines(imported: Imported, directory: Path, num_new: int, options: Any) -> list[str]:
     """What was imported, what was left out, and the command that fits it."""
-    from sovit.analysis.words import counted, number, visible
+    from sovit.analysis.report.words import counted, number, visible
 
     about, records = imported.about, list(imported.runs.values())
     rows = [row for _, lines in records for row in lines if row["step"] > 0]
@@ -182,8 +182,8 @@ def _how_compute(columns: dict[str, str], options: Any) -> str:
 
 def _error_lines(found: Any, late: Any, front: Any, shift_p: float) -> list[str]:
     """The curves and the frontier; ``found``, ``late``: Comparison, ``front``: FrontierFit."""
-    from sovit.analysis.published import FRONTIER, LATE, SOVIT_C, STAR_GFLOPS
-    from sovit.analysis.words import percent
+    from sovit.analysis.published.curves import FRONTIER, LATE, SOVIT_C, STAR_GFLOPS
+    from sovit.analysis.report.words import percent
 
     again = {fit.model: fit.c for fit in late.fits}
     thousands = f"from {LATE // 1000}K steps"
@@ -276,7 +276,7 @@ def _best_lines(best: Sequence[Any]) -> list[str]:
 
 def _shape_lines(rules: Sequence[Any], growth: dict[str, Interval]) -> list[str]:
     """The shapes of SoViT; ``rules``: ShapeRule."""
-    from sovit.analysis.published_shapes import EXPONENTS, ORIGIN, SHAPES, budgets, implied_factors
+    from sovit.analysis.published.shapes import EXPONENTS, ORIGIN, SHAPES, budgets, implied_factors
 
     named = ["x".join(map(str, sizes)) for sizes in SHAPES.values()]
     rows = [("rule", "fitted", "t0 in GFLOPs", *(f"{shape} {text}" for shape, text in zip(SHAPES, named, strict=True)))]
@@ -314,7 +314,7 @@ def _shape_lines(rules: Sequence[Any], growth: dict[str, Interval]) -> list[str]
 
 
 def _ends(interval: Interval, digits: int = 2) -> str:
-    from sovit.analysis.words import interval as in_words
+    from sovit.analysis.report.words import interval as in_words
 
     if digits == 2 and interval.lo > 0:
         return in_words({"lo": interval.lo, "hi": interval.hi if interval.hi < float("inf") else None})

@@ -14,9 +14,9 @@ from sovit.cli import budget, experiment
 from sovit.cli.options import DIMENSIONS, above_0, by_dimension, positive
 
 if TYPE_CHECKING:
-    from sovit.analysis.candidates import Candidate, Regret
-    from sovit.analysis.exponents import Start
-    from sovit.analysis.predict import Forecast
+    from sovit.analysis.forecast.candidates import Candidate, Regret
+    from sovit.analysis.forecast.exponents import Start
+    from sovit.analysis.forecast.predict import Forecast
 
 _FITS = {"star": "fit", "grid": "grid", "diagonal": "diagonal", "joint": "joint"}
 _DEFAULTS = (("law", "paper"), ("step", "paper"), ("choose", 1))
@@ -91,9 +91,9 @@ def _sizes(text: str) -> tuple[int, int, int]:
 
 def _predict(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    from sovit.analysis import exponents as known
-    from sovit.analysis.candidates import candidates, rounding
-    from sovit.analysis.region import region
+    from sovit.analysis.forecast import exponents as known
+    from sovit.analysis.forecast.candidates import candidates, rounding
+    from sovit.analysis.forecast.region import region
     from sovit.cli import prediction
 
     given = {kind: getattr(arguments, option) for kind, option in _FITS.items()}
@@ -175,7 +175,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError("--diagonal has no meaning with the paper's step; add --step fitted, or leave it out.")
         missing = [name for name in DIMENSIONS if name not in (arguments.exponents or {})]
         if arguments.fit is None and missing:
-            from sovit.analysis.words import listed
+            from sovit.analysis.report.words import listed
 
             raise ValueError(f"no exponent of {listed(missing)}: give --fit runs/STAR, or --exponents with all three.")
         if arguments.grid is None and arguments.origin is None:
@@ -216,7 +216,7 @@ def _changed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _start(arguments: argparse.Namespace, grid: Mapping[str, Any] | None) -> Start:
-    from sovit.analysis.exponents import Start, grid_origin
+    from sovit.analysis.forecast.exponents import Start, grid_origin
 
     if arguments.origin is not None:
         t0 = arguments.t0
@@ -232,7 +232,7 @@ def _extrapolation(
     arguments: argparse.Namespace, fit: Mapping[str, Any] | None, target: float | None
 ) -> dict[str, Any] | None:
     """How far beyond the data of the leading fit the forecast lies; None if there is no such fit."""
-    from sovit.analysis.exponents import MAX_EXTRAPOLATION, check_extrapolation, largest_compute
+    from sovit.analysis.forecast.exponents import MAX_EXTRAPOLATION, check_extrapolation, largest_compute
 
     if fit is None:
         return None
@@ -254,8 +254,8 @@ def _forecast(
     start: Start | None,
     target: float | None,
 ) -> Forecast:
-    from sovit.analysis import exponents as known
-    from sovit.analysis.predict import fitted_rule, joint_rule, paper_rule
+    from sovit.analysis.forecast import exponents as known
+    from sovit.analysis.forecast.predict import fitted_rule, joint_rule, paper_rule
 
     if leading == "joint":
         assert target is not None
@@ -277,10 +277,10 @@ def _regret(
     fits: Mapping[str, Mapping[str, Any]], forecast: Forecast, target: float | None
 ) -> tuple[Regret | None, str]:
     """The compute regret of a shape, and in words what it is measured by."""
-    from sovit.analysis.candidates import joint_regret, star_regret
+    from sovit.analysis.forecast.candidates import joint_regret, star_regret
 
     if target is not None and "joint" in fits:
-        from sovit.analysis.joint import estimate_from
+        from sovit.analysis.forecast.joint import estimate_from
 
         law = estimate_from(fits["joint"]).law
         best = "x".join(f"{size:.1f}" for size in law.optimum(target))
@@ -316,7 +316,7 @@ def _write(arguments: argparse.Namespace, chosen: Candidate, place: experiment.P
 
 def _command(arguments: argparse.Namespace) -> str:
     """The command that does this again, on one line whatever its paths hold."""
-    from sovit.analysis.words import visible
+    from sovit.analysis.report.words import visible
 
     words = ["sovit", "predict"]
     for name, value in vars(arguments).items():

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sovit.analysis.candidates import Candidate
-    from sovit.analysis.exponents import Start
-    from sovit.analysis.predict import Forecast
-    from sovit.analysis.region import Region
+    from sovit.analysis.forecast.candidates import Candidate
+    from sovit.analysis.forecast.exponents import Start
+    from sovit.analysis.forecast.predict import Forecast
+    from sovit.analysis.forecast.region import Region
 
 SCHEMA = 1
 COLUMNS = 110
@@ -113,7 +113,7 @@ def _remarks(forecast: Forecast, first: Candidate, start: Start | None, geometry
 
 def text(found: Mapping[str, Any]) -> str:
     """The prediction for the terminal, of at most 110 columns."""
-    from sovit.analysis.words import counted
+    from sovit.analysis.report.words import counted
 
     star = found["origin"] is not None
     origin, step, target = found["origin"], found["step"], found["t_gflops"]
@@ -211,7 +211,7 @@ def _candidate_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _interval(found: Mapping[str, Any]) -> str:
     """0.22 [0.20, 0.24]; an open side is said to be open."""
-    from sovit.analysis.words import exponent
+    from sovit.analysis.report.words import exponent
 
     lo, hi, value = found["lo"], found["hi"], exponent(found["estimate"])
     if lo == hi:
@@ -268,7 +268,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _wrap(line: str) -> Sequence[str]:
-    from sovit.analysis.words import visible
+    from sovit.analysis.report.words import visible
 
     line = visible(line)
     if len(line) <= COLUMNS or "  " in line.strip():  # a row of a table stays one line

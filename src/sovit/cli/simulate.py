@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sovit.cli.options import positive
 
 if TYPE_CHECKING:
-    from sovit.analysis.joint import Geometry
-    from sovit.analysis.simulate import Cell, Disturbance, Drawn, End
-    from sovit.analysis.truth import Truth
+    from sovit.analysis.forecast.joint import Geometry
+    from sovit.analysis.simulation.simulate import Cell, Disturbance, Drawn, End
+    from sovit.analysis.simulation.truth import Truth
     from sovit.config import RunConfig
     from sovit.launch import plan
 
@@ -54,8 +54,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
     if arguments.seed < 0:
         raise ValueError(f"--seed {arguments.seed} is negative; give a whole number of at least 0.")
 
-    from sovit.analysis import simulate
-    from sovit.analysis.truth import as_dict
+    from sovit.analysis.simulation import simulate
+    from sovit.analysis.simulation.truth import as_dict
     from sovit.launch.plan import plan
     from sovit.launch.sweep import load_sweep, metric_of
 
@@ -103,7 +103,7 @@ def _runs_dir(arguments: argparse.Namespace) -> list[str]:
 
 def _shared(configs: Sequence[RunConfig]) -> tuple[Geometry, int]:
     """What all cells must have in common: the geometry that costs depend on, and the draws of an evaluation."""
-    from sovit.analysis.joint import Geometry
+    from sovit.analysis.forecast.joint import Geometry
     from sovit.config import model_geometry, shape_of
 
     geometries = {(shape_of(cfg).patch_size, *model_geometry(cfg).items()) for cfg in configs}
@@ -119,7 +119,7 @@ def _shared(configs: Sequence[RunConfig]) -> tuple[Geometry, int]:
 
 def _cell(cell: plan.Cell, batch_size: int) -> Cell:
     from sovit.analysis.points import dimensions
-    from sovit.analysis.simulate import Cell
+    from sovit.analysis.simulation.simulate import Cell
 
     compute = tuple((name, step * batch_size * cell.forward_gflops) for step, name in cell.evaluations.items())
     return Cell(cell.run_id, dimensions(cell.shape), cell.seed, cell.forward_gflops, compute)
@@ -127,8 +127,8 @@ def _cell(cell: plan.Cell, batch_size: int) -> Cell:
 
 def _read_truth(law: str, cells: Sequence[Cell], geometry: Geometry) -> Truth:
     """A built-in law by its name, or the one of a file: of its own, or inside a simulated run.json."""
-    from sovit.analysis.simulate import truth_for
-    from sovit.analysis.truth import from_dict
+    from sovit.analysis.simulation.simulate import truth_for
+    from sovit.analysis.simulation.truth import from_dict
 
     if not Path(law).is_file():
         if law in ("separable", "flops"):
@@ -207,7 +207,7 @@ def _write(
     import json
 
     from sovit import records
-    from sovit.analysis.simulate import standard_errors
+    from sovit.analysis.simulation.simulate import standard_errors
 
     spreads = standard_errors(drawn.errors, noise)
     provenance = {"code_version": records.code_version(), "lock_sha256": records.lock_hash()}
@@ -314,8 +314,8 @@ def _text(made: plan.Plan, cells: Sequence[Cell], truth: Truth, noise: Disturban
 
 def _truth_lines(cells: Sequence[Cell], truth: Truth) -> list[str]:
     from sovit.analysis.points import DIMENSIONS
-    from sovit.analysis.simulate import evaluations
-    from sovit.analysis.truth import Separable, center_of, middle_compute
+    from sovit.analysis.simulation.simulate import evaluations
+    from sovit.analysis.simulation.truth import Separable, center_of, middle_compute
 
     shapes, compute, _, _ = evaluations(cells)
     t, center = middle_compute(compute), center_of(shapes)

@@ -1,0 +1,1 @@
+"""The literature's own numbers, read again with this package: `sovit published`."""

@@ -1,0 +1,1 @@
+"""Whole sweeps drawn from a known law, as ordinary records: `sovit simulate`."""
