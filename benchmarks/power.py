@@ -1,21 +1,24 @@
 """How often each check of `sovit check` alarms for nothing, and how often it sees an effect of a stated size.
 
-    python benchmarks/power.py [--sweeps 1000] [--only held] [--out benchmarks/power.md]
+    python benchmarks/power.py [--sweeps 1000] [--jobs 2] [--only held] [--out benchmarks/power.md]
 
 Draws synthetic sweeps with a known truth, runs a check on each, and counts p <= 5% (for rival laws: intervals that
 exclude 0). Without an effect that is the false-alarm rate, nominally 5%. Noise is sigma per evaluation and tau = sigma
 per run. Designs: "7 runs" has 7 sizes over a factor 5 and 14 durations over a factor 32, at the published exponent of
 the depth arm; "21 runs" the same with three seeds; "steep" 6 sizes over a factor 16 and 6 durations with exponents a, b,
-c twice as large, as in the embedded star. About an hour on one core.
+c twice as large, as in the embedded star. More than an hour on one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ from sovit.analysis.quasiconvexity import grid_bumps, star_bumps
 from sovit.analysis.rivals import compare
 from sovit.analysis.stability import influence, two_stars, without_center
 
-DRAWS = 199  # simulated sweeps behind each p-value; the command has 1,000 (400 for metrics and held-out budgets)
+DRAWS = 99  # simulated sweeps behind each p-value; the command has 400 to 1,000
 CENTER = Dimensions(1000, 1000, 1000)
 EXPONENTS = {"width": (1.10, 0.49), "depth": (0.45, 0.328), "mlp_dim": (0.30, 0.283)}  # a, b; c = 0.35
 Effect = Callable[[float, float], float]  # (x, t) -> added to the log error
@@ -179,13 +182,12 @@ def metrics(rng: np.random.Generator, design: Design, noise: float, factor: floa
     return alarm(across_metrics("depth", by_metric, draws=DRAWS))
 
 
-def budgets(rng: np.random.Generator, design: Design, noise: float, effect: Effect | None, what: str) -> Alarm:
-    return alarm(held_out(arm(rng, design, noise, effect=effect), "depth", draws=DRAWS), what)
-
-
-def coverage(rng: np.random.Generator, design: Design, noise: float) -> float | None:
-    found = held_out(arm(rng, design, noise), "depth", draws=DRAWS)
-    return found.covered / found.num_cells if isinstance(found, HeldOut) else None
+def budgets(rng: np.random.Generator, design: Design, noise: float, effect: Effect | None) -> dict[str, float] | None:
+    found = held_out(arm(rng, design, noise, effect=effect), "depth", draws=DRAWS)
+    if not isinstance(found, HeldOut) or found.optimum_p is None:
+        return None
+    missed = 1 - found.covered / found.num_cells
+    return {"errors": found.p <= 0.05, "best size": found.optimum_p <= 0.05, "cells outside 95% intervals": missed}
 
 
 def one_run(rng: np.random.Generator, design: Design, noise: float, off: float) -> Alarm:
@@ -196,7 +198,7 @@ def one_run(rng: np.random.Generator, design: Design, noise: float, off: float) 
         Point(**(vars(point) | {"error": point.error * math.exp(off)})) if point.run_id == bad else point
         for point in points
     ]
-    return alarm(influence("depth", moved, fit(moved)))
+    return alarm(influence("depth", moved, fit(moved), draws=DRAWS))
 
 
 def rivals(rng: np.random.Generator, design: Design, noise: float, effect: Effect | None) -> dict[str, float] | None:
@@ -230,126 +232,123 @@ def parabola(law: Law) -> Effect:
     return effect
 
 
-Case = tuple[str, str, float, str, Callable[[np.random.Generator], object]]
+@dataclass(frozen=True)
+class Case:
+    """``one``: a sweep -> whether the check alarms, or several such by name, or None where the check has no answer."""
+
+    check: str
+    design: Design | None
+    noise: float
+    effect: str
+    one: Callable[[np.random.Generator], Mapping[str, float] | Alarm]
+
+    def sweeps(self, asked: int) -> int:
+        """A quarter with 21 runs or a grid, a fifth with an effect, as those say enough."""
+        quiet = self.effect == "none" and self.check != "laws"
+        return max(1, asked // (5 if not quiet else 4 if self.design in (MANY, None) else 1))
 
 
 def cases() -> Iterator[Case]:
-    """(check, design, noise, effect, one sweep -> alarm)."""
     for design in DESIGNS:
         for noise in (0.005, 0.01):
-            yield "quasiconvex", design.name, noise, "none", lambda g, d=design, n=noise: bumps(g, d, n, None)
-            yield "center", design.name, noise, "none", lambda g, d=design, n=noise: center(g, d, n, 0.0)
-            yield "two stars", design.name, noise, "none", lambda g, d=design, n=noise: stars(g, d, n, 1.0)
-            yield "4 metrics", design.name, noise, "none", lambda g, d=design, n=noise: metrics(g, d, n, 1.0, 4)
-            yield "2 metrics", design.name, noise, "none", lambda g, d=design, n=noise: metrics(g, d, n, 1.0, 2)
-            yield "held out", design.name, noise, "none", lambda g, d=design, n=noise: budgets(g, d, n, None, "p")
-            yield (
-                "held-out best",
-                design.name,
-                noise,
-                "none",
-                lambda g, d=design, n=noise: budgets(g, d, n, None, "optimum_p"),
-            )
-            yield "influence", design.name, noise, "none", lambda g, d=design, n=noise: one_run(g, d, n, 0.0)
+            yield from quiet_cases(design, noise)
+        yield from loud_cases(design)
     for noise in (0.005, 0.01):
-        yield "pairs of a grid", "50 runs", noise, "none", lambda g, n=noise: pairs(g, n, 0.0)
-
-    heights = {SEVEN: (0.02, 0.04), MANY: (0.02, 0.04), STEEP: (0.06, 0.1)}
-    for design, tried in heights.items():
-        for height in tried:
-            effect = at_size(middle(design), height)
-            yield (
-                "quasiconvex", design.name, 0.005, f"one size {height:.0%} up",
-                lambda g, d=design, e=effect: bumps(g, d, 0.005, e),
-            )  # fmt: skip
-        effect = second_dip(design, 1.5 * tried[-1])
-        yield (
-            "quasiconvex", design.name, 0.005, f"a hump of {1.5 * tried[-1]:.0%} between two dips",
-            lambda g, d=design, e=effect: bumps(g, d, 0.005, e),
-        )  # fmt: skip
+        yield Case("pairs of a grid", None, noise, "none", partial(pairs, noise=noise, height=0.0))
     for height in (0.03, 0.06):
-        yield "pairs of a grid", "50 runs", 0.005, f"one shape {height:.0%} up", lambda g, h=height: pairs(g, 0.005, h)
-    for design in DESIGNS:
-        for better in (0.01, 0.03):
-            yield (
-                "center", design.name, 0.005, f"next to the center {better:.0%} too good",
-                lambda g, d=design, h=better: center(g, d, 0.005, h),
-            )  # fmt: skip
-        for factor in (1.5, 2.0):
-            yield (
-                "two stars", design.name, 0.005, f"s {factor:g} times as large",
-                lambda g, d=design, f=factor: stars(g, d, 0.005, f),
-            )  # fmt: skip
-            yield (
-                "4 metrics", design.name, 0.005, f"one s {factor:g} times as large",
-                lambda g, d=design, f=factor: metrics(g, d, 0.005, f, 4),
-            )  # fmt: skip
-        for height in (0.02, 0.05):
-            yield (
-                "held out", design.name, 0.005, f"errors bend away, {height:.0%} at the end",
-                lambda g, d=design, h=height: budgets(g, d, 0.005, bend(h), "p"),
-            )  # fmt: skip
-        effect = stalled(law_of("depth", design.steep))
-        yield (
-            "held-out best", design.name, 0.005, "the optimum stalls halfway",
-            lambda g, d=design, e=effect: budgets(g, d, 0.005, e, "optimum_p"),
-        )  # fmt: skip
-        for off in (0.02, 0.05):
-            yield (
-                "influence", design.name, 0.005, f"an end run {off:.0%} off",
-                lambda g, d=design, o=off: one_run(g, d, 0.005, o),
-            )  # fmt: skip
-    for design in DESIGNS:
-        yield "held out, 95% intervals", design.name, 0.005, "none", lambda g, d=design: coverage(g, d, 0.005)
-        yield "laws", design.name, 0.005, "none: the truth is Eq. 2", lambda g, d=design: rivals(g, d, 0.005, None)
-    effect = parabola(law_of("depth"))
-    yield "laws", SEVEN.name, 0.005, "the truth is a parabola", lambda g: rivals(g, SEVEN, 0.005, effect)
+        effect = f"one shape {height:.0%} up"
+        yield Case("pairs of a grid", None, 0.005, effect, partial(pairs, noise=0.005, height=height))
+    truth = parabola(law_of("depth"))
+    yield Case(
+        "laws", SEVEN, 0.005, "the truth is a parabola", partial(rivals, design=SEVEN, noise=0.005, effect=truth)
+    )
 
 
-def measure(one: Callable[[np.random.Generator], object], sweeps: int, seed: int) -> tuple[list[object], int]:
+def quiet_cases(design: Design, noise: float) -> Iterator[Case]:
+    setting = {"design": design, "noise": noise}
+    yield Case("quasiconvex", design, noise, "none", partial(bumps, effect=None, **setting))
+    yield Case("center", design, noise, "none", partial(center, better=0.0, **setting))
+    yield Case("two stars", design, noise, "none", partial(stars, factor=1.0, **setting))
+    for count in (2, 4):
+        yield Case(f"{count} metrics", design, noise, "none", partial(metrics, factor=1.0, count=count, **setting))
+    yield Case("held out", design, noise, "none", partial(budgets, effect=None, **setting))
+    yield Case("influence", design, noise, "none", partial(one_run, off=0.0, **setting))
+    yield Case("laws", design, noise, "none", partial(rivals, effect=None, **setting))
+
+
+def loud_cases(design: Design) -> Iterator[Case]:
+    setting = {"design": design, "noise": 0.005}
+    heights = (0.06, 0.1) if design is STEEP else (0.02, 0.04)
+    for height in heights:
+        up = at_size(middle(design), height)
+        yield Case("quasiconvex", design, 0.005, f"one size {height:.0%} up", partial(bumps, effect=up, **setting))
+    hump = second_dip(design, 1.5 * heights[1])
+    wide = f"a hump of {1.5 * heights[1]:.0%} between two dips"
+    yield Case("quasiconvex", design, 0.005, wide, partial(bumps, effect=hump, **setting))
+    for better in (0.01, 0.03):
+        effect = f"next to the center {better:.0%} too good"
+        yield Case("center", design, 0.005, effect, partial(center, better=better, **setting))
+    for factor in (1.5, 2.0):
+        effect = f"one s {factor:g} times as large"
+        yield Case("two stars", design, 0.005, effect, partial(stars, factor=factor, **setting))
+        yield Case("4 metrics", design, 0.005, effect, partial(metrics, factor=factor, count=4, **setting))
+    for height in (0.02, 0.05):
+        effect = f"errors bend away, {height:.0%} at the end"
+        yield Case("held out", design, 0.005, effect, partial(budgets, effect=bend(height), **setting))
+    still = stalled(law_of("depth", design.steep))
+    yield Case("held out", design, 0.005, "the optimum stalls halfway", partial(budgets, effect=still, **setting))
+    for off in (0.02, 0.05):
+        yield Case("influence", design, 0.005, f"an end run {off:.0%} off", partial(one_run, off=off, **setting))
+
+
+def rows_of(case: Case, asked: int, seed: int) -> list[tuple[str, ...]]:
     rng = np.random.default_rng(seed)
-    found = [one(rng) for _ in range(sweeps)]
-    return [value for value in found if value is not None], sum(value is None for value in found)
+    found = [case.one(rng) for _ in range(case.sweeps(asked))]
+    values = [value if isinstance(value, Mapping) else {"": value} for value in found if value is not None]
+    untested = f"{len(found) - len(values)} untested" if len(values) < len(found) else ""
+    design = case.design.name if case.design else "50 runs"
+    head = (design, f"{case.noise:.1%}", case.effect, str(len(values)))
+    names = list(values[0]) if values else []
+    table = {name: np.array([float(value[name]) for value in values]) for name in names}
+    if case.check == "laws":
+        return [(f"laws: {what}", *head, _verdicts(table, what), untested) for what in ("budgets", "sizes")]
+    return [
+        (f"{case.check}: {name}" if name else case.check, *head,
+         f"{signs.mean():.1%} ± {signs.std() / math.sqrt(len(signs)):.1%}", untested)
+        for name, signs in table.items()
+    ]  # fmt: skip
 
 
-def rows_of(case: Case, values: Sequence[object], untested: int) -> Iterator[tuple[str, ...]]:
-    check, design, noise, effect, _ = case
-    head = (check, design, f"{noise:.1%}", effect, str(len(values)))
-    note = f"{untested} untested" if untested else ""
-    if not values:
-        yield (*head, "", note)
-    elif isinstance(values[0], Mapping):
-        for name in values[0]:
-            signs = np.array([value[name] for value in values if isinstance(value, Mapping)])
-            better, worse = np.mean(signs > 0), np.mean(signs < 0)
-            yield (f"laws: {name}", *head[1:], f"better {better:.1%}, worse {worse:.1%}", note)
-    else:
-        share = float(np.mean([float(value) for value in values]))  # type: ignore[arg-type]
-        yield (*head, f"{share:.1%} ± {math.sqrt(share * (1 - share) / len(values)):.1%}", note)
+def _verdicts(table: Mapping[str, np.ndarray], what: str) -> str:
+    mine = {name.removesuffix(f", {what}"): signs for name, signs in table.items() if name.endswith(what)}
+    return "; ".join(f"{form} {np.mean(signs > 0):.0%}/{np.mean(signs < 0):.0%}" for form, signs in mine.items())
+
+
+def run(number: int, asked: int) -> list[tuple[str, ...]]:
+    """The rows of one case, by its number: cases hold functions, which do not travel between processes."""
+    return rows_of(list(cases())[number], asked, number)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--sweeps", type=int, default=1000, help="per case without an effect; a third of it with one")
+    parser.add_argument("--sweeps", type=int, default=1000, help="per case without an effect, fewer with one")
     parser.add_argument("--only", default="", help="cases whose check begins with this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="write the table to this file")
     options = parser.parse_args()
     table = [("check", "design", "noise", "effect", "sweeps", "alarms", ""), ("---",) * 7]
-    start = time.process_time()
-    for number, case in enumerate(cases()):
-        if not case[0].startswith(options.only):
-            continue
-        quiet = case[3] == "none" and case[0] != "pairs of a grid"
-        values, untested = measure(case[4], options.sweeps if quiet else max(1, options.sweeps // 3), number)
-        for row in rows_of(case, values, untested):
-            table.append(row)
-            print("  ".join(row), flush=True)
-    minutes = (time.process_time() - start) / 60
+    numbers = [number for number, case in enumerate(cases()) if case.check.startswith(options.only)]
+    start = time.monotonic()
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for rows in pool.map(run, numbers, itertools.repeat(options.sweeps)):
+            table += rows
+            print("\n".join("  ".join(row) for row in rows), flush=True)
+    minutes = (time.monotonic() - start) / 60
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
     command = f"python benchmarks/power.py --sweeps {options.sweeps}" + (
         f" --only {options.only}" if options.only else ""
     )
-    page = f"# False alarms and power of the checks\n\n`{command}`, {minutes:.0f} min of one core. {NOTE}\n\n{text}\n"
+    page = f"# False alarms and power of the checks\n\n`{command}`, {minutes:.0f} min. {NOTE}\n\n{text}\n"
     if options.out:
         options.out.write_text(page)
     print(f"{minutes:.1f} min")
@@ -357,7 +356,7 @@ def main() -> None:
 
 NOTE = (
     "`alarms`: the share of sweeps in which the check has p <= 5% (nominal without an effect: 5%), with its binomial "
-    "standard error; for rival laws, how often one is called better or worse than Eq. 2. Designs and effects are described "
+    "standard error; for rival laws, how often each is called better/worse than Eq. 2. Designs and effects are described "
     "in the file. The exponent of the arm is 0.45."
 )
 

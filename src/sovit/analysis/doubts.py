@@ -96,15 +96,16 @@ def check_star(
     add("quasiconvex", star_bumps(arms, draws=draws, seed=seed), _quasiconvex)
     add("center", each(partial(_without_center, middle=middle, draws=draws, seed=seed)), _center)
     for other, theirs in (others or {}).items():
-        add(f"star {other}", each(partial(_other_star, arms=star_arms(theirs))), partial(_star, other))
+        their_arms = star_arms(theirs, _center_of(theirs, middle))
+        add(f"star {other}", each(partial(_other_star, arms=their_arms)), partial(_star, other))
     for what, labels in _metric_groups(metric, by_metric or {}).items():
         chosen = {label: (by_metric or {})[key] for label, key in labels.items()}
-        add(what, each(partial(_across, by_metric=chosen, draws=fewer, seed=seed)), partial(_metrics, what))
+        add(what, each(partial(_across, by_metric=chosen, draws=draws, seed=seed)), partial(_metrics, what))
     add("held out", each(lambda name, group, _: held_out(group, name, draws=fewer, seed=seed)), _held_out)
     details["held out, by share"] = each(
         lambda name, group, _: held_out_rows(group, name, draws=max(1, fewer // 2), seed=seed)
     )
-    add("influence", each(influence), _influence)
+    add("influence", each(partial(influence, draws=fewer, seed=seed)), _influence)
     add("laws", each(compare), _rivals)
     return _result("star", rows, details)
 
@@ -156,6 +157,16 @@ def _across(
 ) -> Forest | str:
     same = {label: _same(group, points) for label, points in by_metric.items()}
     return across_metrics(name, same, draws=draws, seed=seed)
+
+
+def _center_of(points: Sequence[Point], ours: Dimensions) -> Dimensions:
+    """A star's own center; ours where its shapes, such as a single arm, are a star around that too."""
+    try:
+        return find_center(points)
+    except ValueError:
+        if any(len(dimensions(point).differs(ours)) > 1 for point in points):
+            raise
+        return ours
 
 
 def _other_star(name: str, _: Sequence[Point], fit: RunFit, *, arms: Mapping[str, Sequence[Point]]) -> Change | str:
@@ -312,7 +323,7 @@ def _rivals(name: str, found: Sequence[Rival]) -> list[Finding]:
         score = scores[best]
         between = "open" if score.hi - score.lo > 1 else f"[{score.lo:+.1%}, {score.hi:+.1%}]"
         statistic = f"{EQ2} off {ours.off:.1%}; {best} {score.off:.1%}, difference {between}"
-        rows.append(Finding(f"laws, {what}", name, DOUBT if better else QUIET, statistic, None, text))
+        rows.append(Finding(f"laws: {what}", name, DOUBT if better else QUIET, statistic, None, text))
     return rows
 
 

@@ -1,12 +1,8 @@
-"""What a fit says about runs it has not seen: larger budgets, other sizes, and whether another law says it better.
+"""What a fit says about budgets it has not seen: the largest are held out, predicted, and compared with what came.
 
-**Held-out extrapolation**: the smaller budgets are fitted, the error and the optimum at the largest are predicted and
-compared with what was measured there. The same runs are on both sides, so a run's own luck cancels in part; the
-standard errors know that. **Rival laws** are fitted to the same points and judged by the error of what they predict:
-the largest budgets held out, and each size held out in turn. The differences to Eq. 2 come with a jackknife over runs
-(all fits repeated without each run), and inside its interval no law is called better.
-
-Not tested here: a change of the law beyond the largest budget measured, which no data at hand can show.
+The smaller budgets are fitted; the error at the larger ones and the best size there are predicted. The same runs are on
+both sides, so a run's own luck cancels in part, and the standard errors know that. Not tested here: a change of the law
+beyond the largest budget measured, which no data at hand can show.
 """
 
 from __future__ import annotations
@@ -21,8 +17,8 @@ from scipy.stats import t as t_distribution
 
 from sovit.analysis import diagnostics as check
 from sovit.analysis.fit import law_logs
-from sovit.analysis.information import log_jacobian, optimum_gradient
 from sovit.analysis.intervals import MIN_RUNS, RunFit, fit_with_runs, index_runs
+from sovit.analysis.planning.information import log_jacobian, optimum_gradient
 from sovit.analysis.points import Point
 from sovit.analysis.stability import Function, covariance, response, shift, spreads
 from sovit.analysis.varpro import Noise, refit
@@ -31,7 +27,6 @@ Array = NDArray[np.float64]
 DRAWS = 400
 _MIN_DURATIONS = 3  # fitted, at least
 _SHARE = 0.25  # of the durations held out unless a number is asked for
-_WORST = math.log(10)  # a prediction further off counts as this far: a law that explodes is bad, not infinitely so
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ def held_out(
         return "the smaller budgets do not determine the law"
     off = np.log(measured[~early]) - np.log(before.fit.law.error(x[~early], t[~early]))
     cov = error.covariance(before.noise.ratio, before.sigma)
-    signed_se = math.sqrt(float(cov.mean()))
+    signed_se = max(math.sqrt(float(cov.mean())), 1e-12)
     z = float(off.mean()) / signed_se
     by_chance, by_cell = error.by_chance(draws, seed)
     top = float(t[~early].max())

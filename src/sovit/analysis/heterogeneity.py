@@ -18,17 +18,16 @@ from numpy.typing import NDArray
 from scipy.stats import t as t_distribution
 
 from sovit.analysis import diagnostics as check
-from sovit.analysis.fit import law_logs
 from sovit.analysis.intervals import Interval, RunFit, exponent_interval, fit_with_runs, jackknife_runs
+from sovit.analysis.planning.information import exponent_gradient
 from sovit.analysis.points import Point
-from sovit.analysis.stability import log_exponents, subset_noise
-from sovit.analysis.varpro import refit
+from sovit.analysis.stability import response, subset_noise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
-DRAWS = 400
+DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def across_metrics(
     Only (run, duration) pairs that every metric has are used. The estimates share those runs, so their covariance comes
     from leaving out each run of all metrics at once (delete-one jackknife of the log exponents). With few runs that
     covariance is rough, hence the p-value by simulation: noise of each metric's own sigma and tau, correlated between
-    metrics as their residuals are, refitted and jackknifed as the data were.
+    metrics as their residuals are, fitted by the law linearised at its fit and jackknifed as the data were.
     """
     chosen = {label: list(points) for label, points in by_metric.items()}
     left_out: list[tuple[str, str]] = []
@@ -83,12 +82,13 @@ def across_metrics(
         why = "; ".join(f"{label}: {reason}" for label, reason in left_out)
         return f"fewer than two metrics determine the exponent{f' ({why})' if why else ''}"
     whole = [fit for fit, *_ in fits.values()]
-    x, t, _, _ = check.vectors(name, next(iter(same.values())))
     theta = np.log([fit.fit.law.exponent for fit in whole])
     without = np.array([values for *_, values in fits.values()])
     cov, share, q, expected = (value[..., 0] for value in _cochran(theta[:, None], without[:, :, None]))
-    null = _metrics_by_chance(x, t, whole, draws, seed)
-    p = float((1 + np.sum(null >= q / expected)) / (1 + len(null)))
+    null = _metrics_by_chance(whole, draws, seed)
+    if null is None:
+        return "without one of the runs the data do not determine the exponent"
+    p = float((1 + np.sum(null >= _excess(q, expected))) / (1 + len(null)))
     mean = float(share @ theta)
     half = float(t_distribution.ppf(0.975, whole[0].num_runs - 1)) * math.sqrt(float(share @ cov @ share))
     scale = np.sqrt(np.diag(cov))
@@ -105,7 +105,7 @@ def across_metrics(
         i2=max(0.0, 1 - float(expected) / float(q)) if q > 0 else 0.0,
         correlation=float((cov / np.outer(scale, scale))[np.triu_indices(len(theta), 1)].mean()),
         num_runs=whole[0].num_runs,
-        num_points=len(x),
+        num_points=len(whole[0].noise.run),
         left_out=tuple(left_out),
     )
 
@@ -143,29 +143,35 @@ def _cochran(theta: Array, without: Array) -> tuple[Array, Array, Array, Array]:
     return cov, share, q, expected
 
 
-def _metrics_by_chance(x: Array, t: Array, whole: Sequence[RunFit], draws: int, seed: int) -> Array:
-    """Q over its expected value in draws whose exponents differ by noise alone."""
+def _metrics_by_chance(whole: Sequence[RunFit], draws: int, seed: int) -> Array | None:
+    """Q over its expected value in draws whose exponents differ by noise alone; None if a fit without one of the runs
+    does not determine its exponent."""
     rng = np.random.default_rng(seed)
     run, num_runs = whole[0].noise.run, whole[0].num_runs
     residuals = np.array([fit.fit.residuals for fit in whole])
     offsets = np.array([residuals[:, run == one].mean(1) for one in range(num_runs)]).T
     together, alone = np.corrcoef(offsets), np.corrcoef(residuals - offsets[:, run])
     shared = rng.multivariate_normal(np.zeros(len(whole)), together, (draws, num_runs), method="eigh")
-    single = rng.multivariate_normal(np.zeros(len(whole)), alone, (draws, len(x)), method="eigh")
-    log_x, log_t = np.log(x), np.log(t)
-    logs = law_logs(log_x - log_x.mean(), log_t - log_t.mean())
+    single = rng.multivariate_normal(np.zeros(len(whole)), alone, (draws, len(run)), method="eigh")
     theta, without = np.empty((len(whole), draws)), np.empty((len(whole), num_runs, draws))
     for k, fit in enumerate(whole):
-        noise = fit.tau * shared[:, run, k] + fit.sigma * fit.noise.scale * single[:, :, k]
-        data = np.log(fit.fit.law.error(x, t)) + noise
-        theta[k] = log_exponents(*refit(logs, data, fit.noise, fit.fit.exponents)[1:]) - math.log(fit.fit.law.exponent)
+        noise = (fit.tau * shared[:, run, k] + fit.sigma * fit.noise.scale * single[:, :, k]).T
+        gradient = exponent_gradient(fit.fit.law)
+        every = response(fit.fit.jacobian, fit.noise, gradient)
+        theta[k] = np.nan if every is None else every[0] @ noise
         for one in range(num_runs):
             keep = run != one
-            some = refit(logs[:, :, keep], data[:, keep], subset_noise(fit.noise, keep), fit.fit.exponents)
-            without[k, one] = log_exponents(*some[1:])
-    good = np.isfinite(theta).all(0) & np.isfinite(without).all((0, 1))
-    _, _, q, expected = _cochran(theta[:, good], without[:, :, good])
-    return q / expected
+            some = response(fit.fit.jacobian[keep], subset_noise(fit.noise, keep), gradient)
+            without[k, one] = np.nan if some is None else some[0] @ noise[keep]
+    if not (np.isfinite(theta).all() and np.isfinite(without).all()):
+        return None
+    _, _, q, expected = _cochran(theta, without)
+    return _excess(q, expected)
+
+
+def _excess(q: Array, expected: Array) -> Array:
+    """Q over its mean if all are equal; 0 where metrics agree so well that both are rounding."""
+    return q / (expected + 1e-6)
 
 
 def forest_figure(forests: Mapping[str, Forest]) -> Figure:

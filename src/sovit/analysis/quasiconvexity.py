@@ -41,11 +41,11 @@ _POWER = 0.8
 class Bump:
     """The worst bump of an arm or of a pair of dimensions.
 
-    ``at``: its size or sizes, None if there is no bump at all (then ``height`` is 0 and ``t`` None); ``height``: how far
-    it rises above both sides, a share of the error; ``t``: how far above the law of the others, in standard errors;
-    ``p``: of such a t in a sweep without bumps; ``detectable``: the height above the law at one size that the test sees
-    four times in five, at the size where least is needed, ``detectable_at``: one on a steep flank is only a bump at all
-    if it is as high as the flank.
+    ``at``: its size or sizes, None if there is no bump at all (then ``height`` is 0 and ``t`` None). ``height``: how far
+    it rises above both sides, a share of the error. ``t``: how far above the law of the others, in standard errors;
+    ``p``: of such a t at any size in a sweep without bumps. ``detectable``: the height above the law that the test sees
+    four times in five, at the size where least is needed, ``detectable_at``; on a steep flank only what is as high as
+    the flank is a bump at all.
     """
 
     subject: str
@@ -201,9 +201,9 @@ def _test(families: Sequence[_Family], law: _Linear, draws: int, seed: int) -> d
         inner = np.array([bool(sets) for sets in family.around])
         heights = family.heights(law.log_error[:, None])[:, 0]
         t = np.where(heights > 0, seen[place, 0], -np.inf)
-        null = np.where(family.heights(log_fit[:, None] + noise) > 0, by_chance[place], -np.inf).max(0)
+        null = by_chance[place][inner].max(0)
         worst = int(np.argmax(t))
-        limit = max(0.0, float(np.quantile(null, 0.95, method="higher")))
+        limit = float(np.quantile(null, 0.95, method="higher"))
         needed = np.quantile((limit - by_chance[place]) * spread[place], _POWER, axis=1)
         buried = -np.minimum(family.heights(log_fit[:, None])[:, 0], 0)
         visible = np.where(inner, np.maximum(needed, buried), np.inf)

@@ -18,7 +18,6 @@ from scipy.stats import t as t_distribution
 
 from sovit.analysis import diagnostics as check
 from sovit.analysis.fit import Noise, fit_law, law_logs
-from sovit.analysis.information import exponent_gradient
 from sovit.analysis.intervals import (
     MIN_RUNS,
     MIN_SIZES,
@@ -28,12 +27,13 @@ from sovit.analysis.intervals import (
     jackknife_runs,
 )
 from sovit.analysis.law import Law
+from sovit.analysis.planning.information import exponent_gradient
 from sovit.analysis.points import HasShape, Point
 from sovit.analysis.specification import draw_residuals, run_test
 from sovit.analysis.varpro import refit
 
 Array = NDArray[np.float64]
-DRAWS = 1000
+DRAWS, RUN_DRAWS = 1000, 400
 _WIDEST = math.log(10)  # a standard error of log s beyond this factor is no measurement
 
 
@@ -178,7 +178,7 @@ def shift(
         return "the data left do not determine it"
     difference = -every
     difference[:, keep] += some
-    log_se = math.sqrt(covariance(difference, whole.noise, whole.sigma)[0, 0])
+    log_se = max(math.sqrt(covariance(difference, whole.noise, whole.sigma)[0, 0]), 1e-12)
     if log_se > _WIDEST:
         return "the data left leave it open"
     drawn = draw_residuals(whole, draws, seed)
@@ -258,8 +258,10 @@ class Influence:
     runs: tuple[dict[str, Any], ...]
 
 
-def influence(name: str, points: Sequence[Point], whole: RunFit) -> Influence | str:
-    """How much each run of an arm moves its exponent, or in words why that cannot be said."""
+def influence(
+    name: str, points: Sequence[Point], whole: RunFit, *, draws: int = RUN_DRAWS, seed: int = 0
+) -> Influence | str:
+    """How much each run of an arm moves its exponent, or in words why that cannot be said. p: `specification.run_test`."""
     if whole.num_runs < MIN_RUNS:
         return f"{whole.num_runs} runs are too few; at least {MIN_RUNS} are needed"
     if check.optimal_exponent(whole.fit) is None or not math.isfinite(whole.log_se):
@@ -270,7 +272,7 @@ def influence(name: str, points: Sequence[Point], whole: RunFit) -> Influence | 
     s = whole.fit.law.exponent
     dfbeta = np.log(np.array(found.without) / s) / whole.log_se
     x, t, *_ = check.vectors(name, points)
-    tested = run_test(x, t, whole)
+    tested = run_test(x, t, whole, num_draws=draws, seed=seed)
     names = sorted({point.run_id for point in points})
     size = {point.run_id: getattr(point, name) for point in points}
     rows = tuple(

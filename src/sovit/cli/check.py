@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sovit.cli.options import DEFAULT_METRIC, positive
+
+if TYPE_CHECKING:
+    from sovit.analysis.points import Dimensions, Point
 
 EPILOG = """what is checked, each with a p-value or an interval and the effect it would have seen:
   quasiconvex      the error at fixed compute falls and then rises, with no second dip (arms; pairs of a grid)
@@ -30,6 +34,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     check.add_argument("others", type=Path, nargs="*", help="directories of other stars to compare it with")
     check.add_argument("--dataset", default=DEFAULT_METRIC[0], help="default: %(default)s")
     check.add_argument("--shots", type=positive, default=DEFAULT_METRIC[1], help="default: %(default)s")
+    check.add_argument("--center", metavar="WxDxM", help="of the star in RUNS, where its shapes leave it open")
     check.add_argument(
         "--draws", type=positive, default=1000, help="simulated sweeps for a p-value (default: %(default)s)"
     )
@@ -39,6 +44,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from sovit.analysis import doubts
+    from sovit.analysis.forecast.diagonal import is_diagonal
     from sovit.analysis.grid import sweep_kind
     from sovit.analysis.points import load_points, metrics
 
@@ -46,13 +52,19 @@ def _check(arguments: argparse.Namespace) -> int:
     points, exclusions = load_points(directory, *metric)
     if not points:
         raise ValueError(f"{directory} holds no finished run; see sovit status {directory}.")
+    if is_diagonal(points):
+        raise ValueError(f"{directory} is a diagonal; the checks are for stars and grids, see sovit fit {directory}.")
     kind = sweep_kind(points)
     if kind == "star":
         others = _others(directory, arguments.others, metric)
         by_metric = {key: load_points(directory, *key)[0] for key in metrics(directory)}
-        found = doubts.check_star(points, metric=metric, by_metric=by_metric, others=others, draws=arguments.draws)
-    elif arguments.others:
-        raise ValueError(f"{directory} is a {kind}; only stars are compared with other directories.")
+        center = None if arguments.center is None else _center(arguments.center)
+        found = doubts.check_star(
+            points, center, metric=metric, by_metric=by_metric, others=others, draws=arguments.draws
+        )
+    elif arguments.others or arguments.center:
+        what = "other directories" if arguments.others else "--center"
+        raise ValueError(f"{directory} is a {kind}; {what} can be given for a star only.")
     else:
         found = doubts.check_grid(points, draws=min(arguments.draws, 400))
     found = {"sweep": directory.resolve().name, "metric": {"dataset": metric[0], "shots": metric[1]}} | found
@@ -67,7 +79,16 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _others(directory: Path, others: list[Path], metric: tuple[str, int]) -> dict:
+def _center(text: str) -> Dimensions:
+    from sovit.analysis.points import Dimensions
+
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"--center {text!r} is no shape; write WIDTHxDEPTHxMLP such as 32x4x128.")
+    return Dimensions(*map(int, sizes))
+
+
+def _others(directory: Path, others: list[Path], metric: tuple[str, int]) -> dict[str, list[Point]]:
     from sovit.analysis.grid import sweep_kind
     from sovit.analysis.points import load_points
 
@@ -80,5 +101,5 @@ def _others(directory: Path, others: list[Path], metric: tuple[str, int]) -> dic
             raise ValueError(f"{other} holds no finished run; see sovit status {other}.")
         if sweep_kind(points) != "star":
             raise ValueError(f"{other} is no star; exponents are compared between stars.")
-        found[other.resolve().name] = points
+        found[str(other)] = points
     return found
