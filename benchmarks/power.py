@@ -118,6 +118,11 @@ def stalled(law: Law) -> Effect:
     return lambda x, t: math.log(float(law.error(x * (max(t, 1000) / 1000) ** law.exponent, t) / law.error(x, t)))
 
 
+def drawn(rng: np.random.Generator) -> dict[str, int]:
+    """Other draws behind every p-value, as the error of one set of them would not average out over sweeps."""
+    return {"draws": DRAWS, "seed": int(rng.integers(2**31))}
+
+
 Alarm = bool | None  # None: the check said that it could not be done
 
 
@@ -132,7 +137,7 @@ def bumps(rng: np.random.Generator, design: Design, noise: float, effect: Effect
     for name in DIMENSIONS:
         points = arm(rng, design, noise, name=name, effect=effect if name == "depth" else None)
         arms[name] = [point for point in points if getattr(point, name) != 1000]
-    return alarm(star_bumps(arms, draws=DRAWS)["depth"])
+    return alarm(star_bumps(arms, **drawn(rng))["depth"])
 
 
 def pairs(rng: np.random.Generator, noise: float, height: float) -> Alarm:
@@ -153,7 +158,7 @@ def pairs(rng: np.random.Generator, noise: float, height: float) -> Alarm:
                     error *= math.exp(luck + noise * rng.normal() + bump)
                     run = f"{width:05d}-{depth:05d}-{mlp_dim:05d}"
                     points.append(Point(run, width, depth, mlp_dim, 0, float(t), f"{t:.0f}", error, 0.005, 4))
-    return alarm(grid_bumps(points, draws=DRAWS)["width x depth"])
+    return alarm(grid_bumps(points, **drawn(rng))["width x depth"])
 
 
 def center(rng: np.random.Generator, design: Design, noise: float, better: float) -> Alarm:
@@ -162,7 +167,7 @@ def center(rng: np.random.Generator, design: Design, noise: float, better: float
     near = {max(s for s in sizes if s < 1000), min(s for s in sizes if s > 1000)}
     effect = (lambda x, t: -better * (x in near)) if better else None
     points = [point for point in arm(rng, design, noise, effect=effect) if point.depth != 1000]
-    return alarm(without_center("depth", points, CENTER, fit(points), draws=DRAWS))
+    return alarm(without_center("depth", points, CENTER, fit(points), **drawn(rng)))
 
 
 def stars(rng: np.random.Generator, design: Design, noise: float, factor: float) -> Alarm:
@@ -179,11 +184,11 @@ def metrics(rng: np.random.Generator, design: Design, noise: float, factor: floa
         mine = factor if k == count - 1 else 1.0
         law = law_of("depth", design.steep, factor=mine, eps=0.06 + 0.04 * k, beta=0.05 + 0.02 * k)
         by_metric[f"metric {k}"] = arm(rng, design, noise, law=law, offsets=offsets)
-    return alarm(across_metrics("depth", by_metric, draws=DRAWS))
+    return alarm(across_metrics("depth", by_metric, **drawn(rng)))
 
 
 def budgets(rng: np.random.Generator, design: Design, noise: float, effect: Effect | None) -> dict[str, float] | None:
-    found = held_out(arm(rng, design, noise, effect=effect), "depth", draws=DRAWS)
+    found = held_out(arm(rng, design, noise, effect=effect), "depth", **drawn(rng))
     if not isinstance(found, HeldOut) or found.optimum_p is None:
         return None
     missed = 1 - found.covered / found.num_cells
@@ -198,7 +203,7 @@ def one_run(rng: np.random.Generator, design: Design, noise: float, off: float) 
         Point(**(vars(point) | {"error": point.error * math.exp(off)})) if point.run_id == bad else point
         for point in points
     ]
-    return alarm(influence("depth", moved, fit(moved), draws=DRAWS))
+    return alarm(influence("depth", moved, fit(moved), **drawn(rng)))
 
 
 def rivals(rng: np.random.Generator, design: Design, noise: float, effect: Effect | None) -> dict[str, float] | None:

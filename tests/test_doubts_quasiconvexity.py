@@ -1,5 +1,6 @@
 """Second dips: the geometry against linear programming, the test against sweeps with and without a bump."""
 
+import collections
 import itertools
 import math
 
@@ -23,14 +24,14 @@ def made_point(sizes, seed, t, error, duration=None):
     return Point(run, *sizes, seed, float(t), duration or f"{t:.0f} gflops", float(error), 0.005, 4)
 
 
-def star(rng, noise=0.005, bump=0.0, seeds=1, sizes=SIZES, times=TIMES):
-    """Three arms without their center; in the depth arm the fourth of SIZES lies ``bump`` above the law."""
+def star(rng, noise=0.005, bump=0.0, seeds=1, sizes=SIZES, times=TIMES, at=SIZES[3]):
+    """Three arms without their center; in the depth arm the size ``at`` lies ``bump`` above the law."""
     arms = {}
     for place, (name, (a, b)) in enumerate(EXPONENTS.items()):
         law = Law(0.07 * b / a * 1000**a, a, 0.07 * 1000**-b * 1000**0.35, b, 0.03 * 1000**0.35, 0.35, 0.15)
         arms[name] = []
         for seed, x in itertools.product(range(seeds), sizes):
-            luck = noise * rng.normal() + bump * (name == "depth" and x == SIZES[3])
+            luck = noise * rng.normal() + bump * (name == "depth" and x == at)
             shape = [1000, 1000, 1000]
             shape[place] = x
             for t in times:
@@ -138,21 +139,21 @@ def test_studentised_bumps_are_those_of_a_dense_mixed_model():
 def test_false_alarms_are_rare_and_a_bump_of_four_percent_is_seen():
     """25 stars each, tau = sigma = 0.5%: alarms within the upper 99.9% bound of 5%, power at least 80%."""
     rng = np.random.default_rng(2)
-    quiet = [found.p <= 0.05 for _ in range(25) for found in star_bumps(star(rng), draws=99).values()]
+    quiet = [found.p <= 0.05 for seed in range(25) for found in star_bumps(star(rng), draws=99, seed=seed).values()]
     assert sum(quiet) <= binom.ppf(0.999, len(quiet), 0.05)
-    seen = [star_bumps(star(rng, bump=0.04), draws=99)["depth"] for _ in range(25)]
+    seen = [star_bumps(star(rng, bump=0.04), draws=99, seed=seed)["depth"] for seed in range(25)]
     assert np.mean([found.p <= 0.05 for found in seen]) >= 0.8
     assert all(found.at == (SIZES[3],) for found in seen if found.p <= 0.05)
 
 
 def test_the_bump_said_to_be_detectable_is_detected():
-    """The height promised four times in five is seen in 60 to 97% of 30 stars."""
+    """The height promised four times in five is seen in 60 to 97% of 30 stars, at the size it was promised for."""
     rng = np.random.default_rng(3)
-    promised = [star_bumps(star(rng), draws=99)["depth"] for _ in range(5)]
-    at_fourth = [found.detectable for found in promised if found.detectable_at == (SIZES[3],)]
-    height = float(np.median(at_fourth or [found.detectable for found in promised]))
-    found = [star_bumps(star(rng, bump=math.log1p(height)), draws=99)["depth"].p <= 0.05 for _ in range(30)]
-    assert 0.6 <= np.mean(found) <= 0.97
+    promised = [star_bumps(star(rng), draws=99, seed=seed)["depth"] for seed in range(8)]
+    (at,) = collections.Counter(found.detectable_at for found in promised).most_common(1)[0][0]
+    height = math.log1p(np.median([found.detectable for found in promised if found.detectable_at == (at,)]))
+    found = [star_bumps(star(rng, bump=height, at=at), draws=99, seed=seed)["depth"] for seed in range(30)]
+    assert 0.6 <= np.mean([one.p <= 0.05 for one in found]) <= 0.97
 
 
 def test_more_seeds_lower_the_bump_that_can_be_seen():
@@ -190,7 +191,7 @@ def grid(rng, noise=0.005, bump=0.0, values=(500, 700, 1000, 1400, 2000)):
 
 def test_a_bump_inside_a_grid_is_seen_in_its_pair():
     rng = np.random.default_rng(6)
-    clean = [grid_bumps(grid(rng), draws=49)["width x depth"].p <= 0.05 for _ in range(6)]
+    clean = [grid_bumps(grid(rng), draws=49, seed=seed)["width x depth"].p <= 0.05 for seed in range(6)]
     assert sum(clean) <= 2
     found = grid_bumps(grid(rng, bump=0.06), draws=99)
     assert list(found) == ["width x depth"]

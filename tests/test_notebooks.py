@@ -104,3 +104,11 @@ def test_the_prediction_notebook_holds_what_it_promises(run: Any) -> None:
         assert float(paper[-1]) > 4 * float(fitted[-1]) > 4 * float(flops[-1]) and float(truth[-1]) == 0
     for row, t in ((rows[3], 2560.0), (rows[7], 25600.0)):
         assert [float(size) for size in row[1:4]] == pytest.approx(np.exp(least(t).x), rel=2e-2)
+
+
+def test_the_published_notebook_runs_and_shows_its_figures(run: Any) -> None:
+    """Its rows for the published rule: one fitted number, t0 near 3.5e9 GFLOPs, So400m's depth a fifth too large."""
+    _, printed, shown = run(FOLDER / "03_published_numbers.ipynb")
+    assert len(shown) == 2 and all("<svg" in figure for figure in shown)
+    rule = next(line for line in printed.splitlines() if line.startswith("t^(s/3)"))
+    assert "1 fitted" in rule and re.search(r"t0 = 3\.[3-7]e\+09", rule) and "+20%" in rule

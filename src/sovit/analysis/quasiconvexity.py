@@ -201,12 +201,12 @@ def _test(families: Sequence[_Family], law: _Linear, draws: int, seed: int) -> d
         inner = np.array([bool(sets) for sets in family.around])
         heights = family.heights(law.log_error[:, None])[:, 0]
         t = np.where(heights > 0, seen[place, 0], -np.inf)
-        null = by_chance[place][inner].max(0)
+        flank = -family.heights(log_fit[:, None] + noise)  # what lifts a size of a draw above its sides
+        null = np.where(flank < 0, by_chance[place], -np.inf).max(0)
         worst = int(np.argmax(t))
-        limit = float(np.quantile(null, 0.95, method="higher"))
-        needed = np.quantile((limit - by_chance[place]) * spread[place], _POWER, axis=1)
-        buried = -np.minimum(family.heights(log_fit[:, None])[:, 0], 0)
-        visible = np.where(inner, np.maximum(needed, buried), np.inf)
+        limit = max(0.0, float(np.quantile(null, 0.95, method="higher")))
+        needed = np.maximum((limit - by_chance[place]) * spread[place], flank)
+        visible = np.where(inner, np.quantile(needed, _POWER, axis=1, method="higher"), np.inf)
         easiest = int(np.argmin(visible))
         bump = bool(np.isfinite(t[worst]))
         found[family.subject] = Bump(
