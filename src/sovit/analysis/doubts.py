@@ -254,10 +254,15 @@ def _explained(found: Change) -> str:
 
 def _metrics(what: str, name: str, found: Forest) -> list[Finding]:
     estimates = [row["estimate"] for row in found.rows]
+    seen = (
+        "differ by more than noise explains"
+        if found.p <= ALPHA
+        else f"agree within the noise they share; one off by a factor of {found.detectable:.2g} would be seen four times in "
+        "five"
+    )
     text = (
-        f"Exponents of {len(estimates)} {what} run from {min(estimates):.2g} to {max(estimates):.2g} and "
-        + ("differ by more than noise explains" if found.p <= ALPHA else "agree within the noise they share")
-        + f" (covariance by a joint jackknife over {found.num_runs} runs)."
+        f"Exponents of {len(estimates)} {what} run from {min(estimates):.2g} to {max(estimates):.2g} and {seen} "
+        f"(covariance by a joint jackknife over {found.num_runs} runs)."
     )
     if found.left_out:
         text += " Left out: " + "; ".join(f"{label}, {why}" for label, why in found.left_out) + "."

@@ -18,16 +18,20 @@ from numpy.typing import NDArray
 from scipy.stats import t as t_distribution
 
 from sovit.analysis import diagnostics as check
+from sovit.analysis.fit import law_logs
 from sovit.analysis.intervals import Interval, RunFit, exponent_interval, fit_with_runs, jackknife_runs
 from sovit.analysis.planning.information import exponent_gradient
 from sovit.analysis.points import Point
-from sovit.analysis.stability import response, subset_noise
+from sovit.analysis.stability import log_exponents, response, subset_noise
+from sovit.analysis.varpro import refit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
-DRAWS = 1000
+DRAWS, REFIT_DRAWS = 1000, 400
+_LINEAR = 0.2  # standard error of log s up to which the law may be linearised
+_ROUGH = math.log(2)  # standard error of log s beyond which a metric says too little to be compared
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Forest:
     ``q``: Cochran's, weights 1 / variance; ``expected``: its mean if all exponents are equal, given their correlation;
     ``i2``: the share of Q beyond that; ``p`` of Q / expected in sweeps whose exponents are as fitted and compared as if
     they were equal. ``pooled``: the weighted mean with its interval. ``correlation``: the mean one of the log exponents.
+    ``detectable``: the factor by which one exponent must be off to be seen about four times in five, whichever it is.
     ``rows``: label, estimate, lo, hi, weight of each metric, for the plot; ``left_out``: (label, why).
     """
 
@@ -47,6 +52,7 @@ class Forest:
     p: float
     i2: float
     correlation: float
+    detectable: float
     num_runs: int
     num_points: int
     left_out: tuple[tuple[str, str], ...]
@@ -60,7 +66,8 @@ def across_metrics(
     Only (run, duration) pairs that every metric has are used. The estimates share those runs, so their covariance comes
     from leaving out each run of all metrics at once (delete-one jackknife of the log exponents). With few runs that
     covariance is rough, hence the p-value by simulation: noise of each metric's own sigma and tau, correlated between
-    metrics as their residuals are, fitted by the law linearised at its fit and jackknifed as the data were.
+    metrics as their residuals are, fitted and jackknifed as the data were (by the law linearised at its fit where all
+    standard errors are small).
     """
     chosen = {label: list(points) for label, points in by_metric.items()}
     left_out: list[tuple[str, str]] = []
@@ -85,13 +92,18 @@ def across_metrics(
     theta = np.log([fit.fit.law.exponent for fit in whole])
     without = np.array([values for *_, values in fits.values()])
     cov, share, q, expected = (value[..., 0] for value in _cochran(theta[:, None], without[:, :, None]))
-    null = _metrics_by_chance(whole, draws, seed)
+    x, t, *_ = check.vectors(name, next(iter(same.values())))
+    null = _metrics_by_chance(x, t, whole, draws, seed)
     if null is None:
         return "without one of the runs the data do not determine the exponent"
     p = float((1 + np.sum(null >= _excess(q, expected))) / (1 + len(null)))
     mean = float(share @ theta)
-    half = float(t_distribution.ppf(0.975, whole[0].num_runs - 1)) * math.sqrt(float(share @ cov @ share))
+    half = float(t_distribution.ppf(0.975, whole[0].num_runs - 1)) * math.sqrt(max(float(share @ cov @ share), 0.0))
     scale = np.sqrt(np.diag(cov))
+    off_mean = np.eye(len(theta)) - share
+    limit = float(np.quantile(null, 0.95, method="higher")) * float(expected)
+    spread = np.sqrt(np.maximum(np.diag(off_mean @ cov @ off_mean.T), 0.0))
+    least = scale * np.sqrt(limit / np.maximum(1 - share, 1e-9)) + 0.84 * spread
     rows = tuple(
         {"label": label, "estimate": found.estimate, "lo": found.lo, "hi": found.hi, "weight": float(weight)}
         for (label, (_, found, _)), weight in zip(fits.items(), share, strict=True)
@@ -104,8 +116,9 @@ def across_metrics(
         p=p,
         i2=max(0.0, 1 - float(expected) / float(q)) if q > 0 else 0.0,
         correlation=float((cov / np.outer(scale, scale))[np.triu_indices(len(theta), 1)].mean()),
+        detectable=math.exp(min(float(least.max()), 99.0)),
         num_runs=whole[0].num_runs,
-        num_points=len(whole[0].noise.run),
+        num_points=len(x),
         left_out=tuple(left_out),
     )
 
@@ -118,6 +131,11 @@ def _one_metric(name: str, points: Sequence[Point]) -> tuple[RunFit, Interval, A
     whole = fit_with_runs(x, t, error, run)
     if check.optimal_exponent(whole.fit) is None:
         return f"the best law has no optimum ({', '.join(whole.fit.flags)})"
+    if whole.log_se > _ROUGH:
+        open_end = whole.log_se > math.log(10)
+        return (
+            "the data leave the exponent open" if open_end else f"one standard error is x{math.exp(whole.log_se):.2g}"
+        )
     interval = exponent_interval(x, t, error, whole)
     if isinstance(interval, str):
         return interval
@@ -143,10 +161,12 @@ def _cochran(theta: Array, without: Array) -> tuple[Array, Array, Array, Array]:
     return cov, share, q, expected
 
 
-def _metrics_by_chance(whole: Sequence[RunFit], draws: int, seed: int) -> Array | None:
-    """Q over its expected value in draws whose exponents differ by noise alone; None if a fit without one of the runs
-    does not determine its exponent."""
+def _metrics_by_chance(x: Array, t: Array, whole: Sequence[RunFit], draws: int, seed: int) -> Array | None:
+    """Q over its expected value in draws whose exponents differ by noise alone; None if fits without one of the runs
+    mostly do not determine their exponents."""
     rng = np.random.default_rng(seed)
+    refits = max(fit.log_se for fit in whole) > _LINEAR
+    draws = min(draws, REFIT_DRAWS) if refits else draws
     run, num_runs = whole[0].noise.run, whole[0].num_runs
     residuals = np.array([fit.fit.residuals for fit in whole])
     offsets = np.array([residuals[:, run == one].mean(1) for one in range(num_runs)]).T
@@ -155,18 +175,30 @@ def _metrics_by_chance(whole: Sequence[RunFit], draws: int, seed: int) -> Array 
     single = rng.multivariate_normal(np.zeros(len(whole)), alone, (draws, len(run)), method="eigh")
     theta, without = np.empty((len(whole), draws)), np.empty((len(whole), num_runs, draws))
     for k, fit in enumerate(whole):
-        noise = (fit.tau * shared[:, run, k] + fit.sigma * fit.noise.scale * single[:, :, k]).T
-        gradient = exponent_gradient(fit.fit.law)
-        every = response(fit.fit.jacobian, fit.noise, gradient)
-        theta[k] = np.nan if every is None else every[0] @ noise
+        noise = fit.tau * shared[:, run, k] + fit.sigma * fit.noise.scale * single[:, :, k]
+        moved = _refitted if refits else _linearised
+        theta[k] = moved(x, t, fit, noise, np.ones(len(run), bool))
         for one in range(num_runs):
-            keep = run != one
-            some = response(fit.fit.jacobian[keep], subset_noise(fit.noise, keep), gradient)
-            without[k, one] = np.nan if some is None else some[0] @ noise[keep]
-    if not (np.isfinite(theta).all() and np.isfinite(without).all()):
+            without[k, one] = moved(x, t, fit, noise, run != one)
+    good = np.isfinite(theta).all(0) & np.isfinite(without).all((0, 1))
+    if good.sum() < draws / 2:
         return None
-    _, _, q, expected = _cochran(theta, without)
+    _, _, q, expected = _cochran(theta[:, good], without[:, :, good])
     return _excess(q, expected)
+
+
+def _linearised(x: Array, t: Array, fit: RunFit, noise: Array, keep: NDArray[np.bool_]) -> Array:
+    """Change (B,) of log s by noise (B, n) in the points kept, to first order; nan if they do not determine it."""
+    rows = response(fit.fit.jacobian[keep], subset_noise(fit.noise, keep), exponent_gradient(fit.fit.law))
+    return np.full(len(noise), np.nan) if rows is None else noise[:, keep] @ rows[0]
+
+
+def _refitted(x: Array, t: Array, fit: RunFit, noise: Array, keep: NDArray[np.bool_]) -> Array:
+    """Change (B,) of log s by noise (B, n) in the points kept; nan for a law without an optimum."""
+    log_x, log_t = np.log(x) - np.log(x).mean(), np.log(t) - np.log(t).mean()
+    data = (np.log(fit.fit.law.error(x, t)) + noise)[:, keep].copy()
+    found = refit(law_logs(log_x, log_t)[:, :, keep], data, subset_noise(fit.noise, keep), fit.fit.exponents)
+    return log_exponents(*found[1:]) - math.log(fit.fit.law.exponent)
 
 
 def _excess(q: Array, expected: Array) -> Array:
