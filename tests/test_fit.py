@@ -103,7 +103,7 @@ def project(exponents, logs, inverse, target, noise, pull=None):
     objective = kernel.project(
         np.log(exponents), logs, np.any(logs != 0, axis=2), inverse, target,
         noise.inverse_scale, noise.run, noise.shrink, pull,
-        coefficients, gradient, curvature,
+        coefficients, gradient, curvature, True,
     )  # fmt: skip
     return objective, coefficients, gradient, curvature
 

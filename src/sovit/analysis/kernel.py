@@ -31,6 +31,9 @@ def whiten(row, out, inverse_scale, run, shrink, sums):
     sums[:] = 0.0
     for i in range(n):
         out[i] = row[i] * inverse_scale[i]
+    if not shrink.any():
+        return
+    for i in range(n):
         sums[run[i]] += out[i] * inverse_scale[i]
     for r in range(sums.size):
         sums[r] *= shrink[r]
@@ -197,13 +200,14 @@ def _nnls(upper, along, solution):
 
 @_jit
 def project(
-    log_theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature
+    log_theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature, moving
 ):
     """All the arithmetic of one step: the best coefficients at exp(log_theta), and how to move the exponents.
 
     Minimises |target - W diag(inverse) Phi p|^2 over p >= 0, Phi (n, J) the terms of the law and W the whitening.
     Returns the objective; fills ``coefficients`` (J,), ``gradient`` (K,) of half the objective by log theta, exact, and
-    ``curvature`` (K, K) = J^T J with Kaufman's J, which leaves out a term that vanishes with the residual.
+    ``curvature`` (K, K) = J^T J with Kaufman's J, which leaves out a term that vanishes with the residual. Without
+    ``moving`` these two are left as they are.
     """
     num, num_exponents, n = logs.shape
     columns = np.empty((num, n))
@@ -242,6 +246,11 @@ def project(
         along = np.empty(num_active)
         residual[:] = target
         _orthogonalise(kept, basis, residual, upper, along)
+    objective = dot(residual, residual)
+    for k in range(num_exponents):
+        objective += pull[1, k] * (log_theta[k] - pull[0, k]) ** 2
+    if not moving:
+        return objective
     moves = np.empty((num_exponents, n))
     for k in range(num_exponents):
         power[:] = 0.0
@@ -258,14 +267,11 @@ def project(
             for i in range(n):
                 scratch[i] -= share * basis[m, i]
         moves[k] = scratch
-    objective = dot(residual, residual)
     for k in range(num_exponents):
         for q in range(k + 1):
             curvature[k, q] = dot(moves[k], moves[q])
             curvature[q, k] = curvature[k, q]
-        away = log_theta[k] - pull[0, k]
-        objective += pull[1, k] * away * away
-        gradient[k] += pull[1, k] * away
+        gradient[k] += pull[1, k] * (log_theta[k] - pull[0, k])
         curvature[k, k] += pull[1, k]
     return objective
 
@@ -321,8 +327,9 @@ def descend(log_theta, coefficients, logs, used, log_error, log_fit, inverse_sca
     step, trial, surprise = np.empty(num_exponents), np.empty(num_exponents), np.empty(num_exponents)
     free = np.empty(num_exponents, np.int64)
     objective = project(
-        log_theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature
-    )
+        log_theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, coefficients, gradient, curvature,
+        True,
+    )  # fmt: skip
     damping = 1e-4
     for _ in range(_STEPS):
         num_free = 0
@@ -363,7 +370,7 @@ def descend(log_theta, coefficients, logs, used, log_error, log_fit, inverse_sca
             trial[k] = min(max(log_theta[k] + min(max(step[k], -1.0), 1.0), low[k]), high[k])
         trial_objective = project(
             trial, logs, used, inverse, target, inverse_scale, run, shrink, pull,
-            trial_coefficients, trial_gradient, trial_curvature,
+            trial_coefficients, trial_gradient, trial_curvature, True,
         )  # fmt: skip
         gain = objective - trial_objective
         if not gain > 0:
@@ -454,7 +461,7 @@ def fit_many(grid, group, starts, logs, used, log_errors, inverse_scale, run, sh
         for g in range(grid.shape[0] if cold else num_starts):
             theta = grid[g] if cold else thetas[g]
             value = project(
-                theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, trial, gradient, curvature
+                theta, logs, used, inverse, target, inverse_scale, run, shrink, pull, trial, gradient, curvature, False
             )
             s = group[g] if cold else g
             if value < least[s] or not cold:
