@@ -11,11 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from sovit import __version__
-from sovit.cli import check, design, fit, importers, predict, shape, simulate, sweep
+from sovit.cli import check, design, fit, importers, plan, predict, run, shape, simulate, status
 
 COMMANDS = (
     shape,
-    sweep,
+    plan,
+    run,
+    status,
     fit,
     check,
     predict,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 DEFAULT_METRIC = ("fractals", 10)
 DIMENSIONS = ("width", "depth", "mlp_dim")  # as in analysis.points, which is slow to import
@@ -39,3 +40,10 @@ def by_dimension(text: str) -> dict[str, float]:
             raise argparse.ArgumentTypeError(f"{text!r} names {key} twice")
         found[name] = above_0(value)
     return found
+
+
+def add_sweep(command: argparse.ArgumentParser) -> None:
+    """The arguments of every command that takes a sweep file."""
+    command.add_argument("file", type=Path, help="sweep file, such as sweeps/star_tiny.yaml")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="set in every cell, such as seed=0")
+    command.add_argument("--workers", type=positive, metavar="N", help="cells at once (default: by cores or GPUs)")
