@@ -40,6 +40,10 @@ sweep-diagonal: setup  ## train shapes scaled jointly: how far to go along the s
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: test-all
+test-all: setup  ## run every test: the long ones too, and a Slurm of its own where it can be installed (as root)
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
 .PHONY: lint
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

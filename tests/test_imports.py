@@ -14,10 +14,10 @@ FLOORS = [
     ["sovit", "sovit.shape", "sovit.flops", "sovit.duration", "sovit.schedule"],
     ["sovit.config", "sovit.records"],
     ["sovit.analysis"],
-    ["sovit.launch.sweep", "sovit.launch.plan", "sovit.launch.state", "sovit.launch.display", "sovit.launch.local"],
+    ["sovit.launch"],
     ["sovit.data", "sovit.models", "sovit.fewshot", "sovit.optim"],
     ["sovit.lit"],
-    ["sovit.launch.preload", "sovit.launch", "sovit.train", "sovit.cli"],
+    ["sovit.launch.preload", "sovit.train", "sovit.cli"],
 ]
 NO_TORCH = ["sovit.analysis", "sovit.launch", "sovit.config", "sovit.records", "sovit.cli", "sovit.train"]
 HEAVY_MODULES = ["sovit.launch.preload", "sovit.analysis.kernel"]  # imported by the fork server, by the first fit

@@ -9,10 +9,12 @@ import pytest
 from sovit import records
 from sovit.config import ConfigError, compose
 from sovit.launch import plan as planning
-from sovit.launch.display import count_text, duration_text, plan_table, time_left
+from sovit.launch.display import time_left
 from sovit.launch.plan import CPU, GPU, Plan, makespan, plan, visible_gpus
+from sovit.launch.plan_table import plan_table
 from sovit.launch.state import CellState
 from sovit.launch.sweep import SweepError, load_sweep
+from sovit.launch.tables import count_text, duration_text
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 CENTER = ["shape=32x4x128", "durations.first=2 gflops", "durations.last=8 gflops", "durations.num=3"]

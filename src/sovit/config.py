@@ -142,6 +142,8 @@ class RunConfig:
     seed: int = 0
     tag: str = ""  # told apart in the run id, for cells that differ in more than shape and seed
     runs_dir: str = "runs"
+    center: str | None = None  # the shape a star varies around; tells its arms apart in W&B, changes no number
+    retry_of: str = ""  # run id of the diverged run that this one repeats at a lower learning rate
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -233,7 +235,11 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 def config_groups() -> dict[str, list[str]]:
     """Config groups of ``conf/`` and their options, for example {"experiment": ["star_tiny", ...]}."""
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF_DIR.iterdir()) if d.is_dir()}
+    return {
+        d.name: sorted(f.stem for f in d.glob("*.yaml"))
+        for d in sorted(CONF_DIR.iterdir())
+        if d.is_dir() and d.name != "launcher"
+    }
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

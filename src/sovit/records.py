@@ -42,6 +42,8 @@ _RUN_ID = re.compile(
 # Keys that change where or how comfortably a run happens, but not one number of it.
 _NOT_IDENTITY = {
     "runs_dir": None,
+    "center": None,
+    "retry_of": None,
     "logger": None,
     "data": ("num_workers",),
     "trainer": ("log_every_n_steps", "checkpoint_every_s", "keep_checkpoint"),

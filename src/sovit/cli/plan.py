@@ -22,9 +22,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from sovit.launch import display
     from sovit.launch.plan import PEAK_TFLOPS, plan
+    from sovit.launch.plan_table import plan_summary, plan_table
     from sovit.launch.sweep import load_sweep, metric_of
+    from sovit.launch.tables import print_table
 
     asked = arguments.noise is not None or arguments.law is not None
     if arguments.target and not asked:
@@ -37,8 +38,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         metric = metric_of(sweep.metric["name"])
         told = plan_text(made, metric, arguments.noise, arguments.law, arguments.target)
-    display.print_table(display.plan_table(made))
-    print(display.plan_summary(made))
+    print_table(plan_table(made))
+    print(plan_summary(made))
     if told:
         print(f"\n{told}")
     return 0

@@ -15,8 +15,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from sovit.launch import display
     from sovit.launch.state import summary
+    from sovit.launch.status import status_table
+    from sovit.launch.tables import print_table
 
     metric = DEFAULT_METRIC
     if arguments.sweep is not None and arguments.sweep.is_file():
@@ -29,8 +30,8 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         groups = _run_directories(arguments.sweep)
     for name, directories in groups.items():
-        table, states = display.status_table(directories, metric)
-        display.print_table(table)
+        table, states = status_table(directories, metric)
+        print_table(table)
         print(f"{name}: {len(states)} cells, {summary(states)}.")
     return 0
 

@@ -10,9 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -31,37 +29,15 @@ from sovit.launch.state import (
     WAITING,
     CellState,
     last_error,
-    progress,
-    state_on_disk,
     summary,
 )
+from sovit.launch.tables import duration_text
 
 STYLES = {DONE: "green", RUNNING: "cyan", BUSY: "yellow", STOPPED: "yellow"} | dict.fromkeys(
     (FAILED, DIVERGED, DIED), "red"
 )
 SUMMARY_EVERY_S = 60.0
 UNDECIDED_SHARE = 0.05  # of a cell's steps; before that its pace says nothing yet
-
-
-def duration_text(seconds: float) -> str:
-    """Such as 47 s, 3 min 20 s, 2 h 05 min, 12 d 3 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400:,} d {whole % 86400 // 3600} h"
-
-
-def count_text(value: float) -> str:
-    """Three digits and a suffix, such as 4.2K, 26.1M, 1.7e+11."""
-    for limit, suffix in ((1e3, ""), (1e6, "K"), (1e9, "M"), (1e12, "B")):
-        if value < limit * 0.9995:
-            scaled = value / (limit / 1e3)
-            return f"{value:g}" if not suffix and value == int(value) else f"{scaled:.3g}{suffix}"
-    return f"{value:.3g}"
 
 
 def time_left(states: Sequence[CellState], workers: int, now: float) -> float:
@@ -207,87 +183,3 @@ def open_display(plan: Plan, states: list[CellState], metric: tuple[str, int]) -
     bars.begin()
     with bars.live:
         yield bars
-
-
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=name != "reason", overflow="fold")  # type: ignore[arg-type]
-    return table
-
-
-def print_table(table: Table) -> None:
-    """On a terminal as wide as it is, elsewhere as wide as the table needs, so that a pipe loses nothing."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(
-            highlight=False, width=console.measure(table, options=console.options.update(width=1000)).maximum
-        )
-    console.print(table)
-
-
-def plan_table(plan: Plan) -> Table:
-    """A row a cell: shape, parameters, compute, the step of the first and the last duration, the time to expect."""
-    table = _table(
-        ("cell", "left"),
-        ("params", "right"),
-        ("GFLOPs/image", "right"),
-        ("evaluated at step", "right"),
-        ("steps", "right"),
-        ("images", "right"),
-        ("train GFLOPs", "right"),
-        ("time", "right"),
-    )
-    for cell in plan.cells:
-        steps = list(cell.evaluations)
-        table.add_row(
-            cell.run_id,
-            count_text(cell.num_params),
-            f"{cell.forward_gflops:.4g}",
-            f"{steps[0]:,} .. {steps[-1]:,} ({len(steps)})" if len(steps) > 1 else f"{steps[0]:,}",
-            f"{cell.steps:,}",
-            count_text(cell.images),
-            f"{cell.train_gflops:.3g}",
-            duration_text(cell.seconds),
-        )
-    return table
-
-
-def plan_summary(plan: Plan) -> str:
-    """The totals of a plan, and the conventions behind them."""
-    gpu = plan.cells[0].accelerator == "gpu"
-    compute = plan.train_gflops / 3
-    return (
-        f"{plan.name}: {len(plan.cells)} cells, compute t = {compute:.3g} GFLOPs (forward FLOPs per image x images), "
-        f"to train 3 t = {plan.train_gflops:.3g} GFLOPs.\n"
-        f"About {plan.device_hours:,.3g} {'GPU' if gpu else 'core'} hours, {duration_text(plan.wall_seconds)} with "
-        f"{plan.workers} at once; estimated for {plan.basis}."
-    )
-
-
-def status_table(directories: Sequence[Path], metric: tuple[str, int]) -> tuple[Table, list[str]]:
-    """A row for each run directory, and the states. ``metric``: the dataset and the shots of the error shown."""
-    dataset, shots = metric
-    table = _table(
-        ("cell", "left"),
-        ("state", "left"),
-        ("step", "right"),
-        ("images/s", "right"),
-        (f"{dataset} {shots}-shot error", "right"),
-        ("reason", "left"),
-    )
-    states = []
-    for directory in directories:
-        state, reason = state_on_disk(directory)
-        step, total_steps, images_per_s = progress(directory)
-        error = last_error(directory, dataset, shots)
-        table.add_row(
-            directory.name,
-            Text(state, style=STYLES.get(state, "")),
-            f"{step:,} / {total_steps:,}" if total_steps else "",
-            f"{images_per_s:,.0f}" if images_per_s else "",
-            "" if error is None else f"{error:.3f}",
-            reason,
-        )
-        states.append(state)
-    return table, states
