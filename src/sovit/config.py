@@ -235,11 +235,8 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 def config_groups() -> dict[str, list[str]]:
     """Config groups of ``conf/`` and their options, for example {"experiment": ["star_tiny", ...]}."""
-    return {
-        d.name: sorted(f.stem for f in d.glob("*.yaml"))
-        for d in sorted(CONF_DIR.iterdir())
-        if d.is_dir() and d.name != "launcher"
-    }
+    folders = (path for path in sorted(CONF_DIR.iterdir()) if path.is_dir() and path.name != "launcher")  # not of a run
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
