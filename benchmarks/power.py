@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from sovit.analysis import diagnostics
-from sovit.analysis.heldout import HeldOut, held_out
-from sovit.analysis.heterogeneity import across_metrics
+from sovit.analysis.checks.heldout import HeldOut, held_out
+from sovit.analysis.checks.heterogeneity import across_metrics
+from sovit.analysis.checks.quasiconvexity import grid_bumps, star_bumps
+from sovit.analysis.checks.rivals import compare
+from sovit.analysis.checks.stability import influence, two_stars, without_center
 from sovit.analysis.intervals import RunFit, fit_with_runs
 from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Dimensions, Point
-from sovit.analysis.quasiconvexity import grid_bumps, star_bumps
-from sovit.analysis.rivals import compare
-from sovit.analysis.stability import influence, two_stars, without_center
 
 DRAWS = 99  # simulated sweeps behind each p-value; the command has 400 to 1,000
 CENTER = Dimensions(1000, 1000, 1000)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sovit import records
-from sovit.analysis import doubts
+from sovit.analysis.checks import doubts
 from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Dimensions, Point
 from sovit.cli import check

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from sovit.analysis import heldout, rivals
+from sovit.analysis.checks import heldout, rivals
+from sovit.analysis.checks.heldout import HeldOut, held_out, held_out_rows, split
+from sovit.analysis.checks.rivals import EQ2, FORMS, compare
 from sovit.analysis.diagnostics import vectors
-from sovit.analysis.heldout import HeldOut, held_out, held_out_rows, split
 from sovit.analysis.intervals import fit_with_runs
 from sovit.analysis.law import Law
 from sovit.analysis.points import Point
-from sovit.analysis.rivals import EQ2, FORMS, compare
 
 SIZES = [round(1000 * 8**place) for place in np.linspace(-0.5, 0.5, 6)]
 TIMES = 1000 * 32 ** np.linspace(-0.5, 0.5, 8)

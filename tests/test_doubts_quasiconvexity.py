@@ -9,10 +9,10 @@ import pytest
 from scipy.optimize import linprog
 from scipy.stats import binom
 
-from sovit.analysis import quasiconvexity
+from sovit.analysis.checks import quasiconvexity
+from sovit.analysis.checks.quasiconvexity import Bump, grid_bumps, star_bumps
 from sovit.analysis.law import Law
 from sovit.analysis.points import Point
-from sovit.analysis.quasiconvexity import Bump, grid_bumps, star_bumps
 
 EXPONENTS = {"width": (1.1, 0.49), "depth": (0.45, 0.328), "mlp_dim": (0.3, 0.283)}
 SIZES = [round(1000 * 5**place) for place in (-0.5, -1 / 3, -1 / 6, 1 / 6, 1 / 3, 0.5)]

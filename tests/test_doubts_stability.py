@@ -7,15 +7,15 @@ import pytest
 from scipy.stats import binom
 from scipy.stats import t as t_distribution
 
-from sovit.analysis import heterogeneity, stability
+from sovit.analysis.checks import heterogeneity, stability
+from sovit.analysis.checks.heterogeneity import Forest, across_metrics, forest_figure
+from sovit.analysis.checks.stability import influence, nearest_sizes, two_stars, without_center
 from sovit.analysis.diagnostics import vectors
 from sovit.analysis.fit import Noise, fit_law
-from sovit.analysis.heterogeneity import Forest, across_metrics, forest_figure
 from sovit.analysis.intervals import fit_with_runs
 from sovit.analysis.law import Law
 from sovit.analysis.planning.information import exponent_gradient
 from sovit.analysis.points import Dimensions, Point
-from sovit.analysis.stability import influence, nearest_sizes, two_stars, without_center
 
 CENTER = Dimensions(1000, 1000, 1000)
 SIZES = [round(1000 * 8**place) for place in (-0.5, -0.33, -0.17, 0.17, 0.33, 0.5)]

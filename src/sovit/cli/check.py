@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from sovit.analysis import doubts
+    from sovit.analysis.checks import doubts
     from sovit.analysis.forecast.diagonal import is_diagonal
     from sovit.analysis.grid import sweep_kind
     from sovit.analysis.points import load_points, metrics

@@ -106,7 +106,7 @@ def _one_sweep(
     arguments: argparse.Namespace, directory: Path, points: Sequence[Point], exclusions: Sequence[Exclusion]
 ) -> dict[str, Any]:
     """The fit.json of a star, a grid or a diagonal, whichever the shapes are."""
-    from sovit.analysis import doubts
+    from sovit.analysis.checks import doubts
     from sovit.analysis.fit import Prior
     from sovit.analysis.forecast.diagonal import fit_diagonal, is_diagonal
     from sovit.analysis.grid import fit_grid, load_shots, sweep_kind

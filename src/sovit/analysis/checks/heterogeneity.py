@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from scipy.stats import t as t_distribution
 
 from sovit.analysis import diagnostics as check
+from sovit.analysis.checks.stability import log_exponents, response, subset_noise
 from sovit.analysis.fit import law_logs
 from sovit.analysis.intervals import Interval, RunFit, exponent_interval, fit_with_runs, jackknife_runs
 from sovit.analysis.planning.information import exponent_gradient
 from sovit.analysis.points import Point
-from sovit.analysis.stability import log_exponents, response, subset_noise
 from sovit.analysis.varpro import refit
 
 if TYPE_CHECKING:

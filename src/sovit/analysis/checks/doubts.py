@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any
 
 from sovit.analysis import diagnostics
-from sovit.analysis.heldout import HeldOut, held_out, held_out_rows
-from sovit.analysis.heterogeneity import Forest, across_metrics
+from sovit.analysis.checks.heldout import HeldOut, held_out, held_out_rows
+from sovit.analysis.checks.heterogeneity import Forest, across_metrics
+from sovit.analysis.checks.quasiconvexity import Bump, grid_bumps, star_bumps
+from sovit.analysis.checks.rivals import EQ2, Rival, compare
+from sovit.analysis.checks.stability import Change, Influence, influence, nearest_sizes, two_stars, without_center
 from sovit.analysis.intervals import RunFit, fit_with_runs
 from sovit.analysis.points import DIMENSIONS, Dimensions, HasShape, Point, dimensions, plain
-from sovit.analysis.quasiconvexity import Bump, grid_bumps, star_bumps
-from sovit.analysis.rivals import EQ2, Rival, compare
-from sovit.analysis.stability import Change, Influence, influence, nearest_sizes, two_stars, without_center
 from sovit.analysis.star import HEADLINE, find_center
 
 SCHEMA = 1

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from scipy.stats import t as t_distribution
 
 from sovit.analysis import diagnostics as check
+from sovit.analysis.checks.stability import Function, covariance, response, shift, spreads
 from sovit.analysis.fit import law_logs
 from sovit.analysis.intervals import MIN_RUNS, RunFit, fit_with_runs, index_runs
 from sovit.analysis.planning.information import log_jacobian, optimum_gradient
 from sovit.analysis.points import Point
-from sovit.analysis.stability import Function, covariance, response, shift, spreads
 from sovit.analysis.varpro import Noise, refit
 
 Array = NDArray[np.float64]

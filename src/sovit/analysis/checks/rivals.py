@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy.stats import t as t_distribution
 
 from sovit.analysis import diagnostics as check
+from sovit.analysis.checks.heldout import split
 from sovit.analysis.fit import MIN_POINTS, law_logs
-from sovit.analysis.heldout import split
 from sovit.analysis.intervals import MIN_RUNS, RunFit, index_runs
 from sovit.analysis.points import Point
 from sovit.analysis.varpro import Noise, solve
