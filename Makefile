@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 SWEEP ?=
+BACKEND ?=
+RUN = $(if $(filter-out wandb,$(BACKEND)),$(error BACKEND=$(BACKEND): write BACKEND=wandb, or leave it out),$(if $(BACKEND),wandb sweep,run))
 ARGS ?=
 BIN := .venv/bin
 
@@ -22,18 +24,18 @@ setup: .venv/.installed  ## create .venv and install the locked packages
 	@touch $@
 
 .PHONY: sweep-star
-sweep-star: setup  ## train the star sweep and write its report (SWEEP=star_smoke for a short one)
-	$(BIN)/sovit run sweeps/$(or $(SWEEP),star_tiny).yaml $(ARGS)
+sweep-star: setup  ## train the star sweep and write its report (SWEEP=star_smoke: a short one; BACKEND=wandb: by W&B agents)
+	$(BIN)/sovit $(RUN) sweeps/$(or $(SWEEP),star_tiny).yaml $(ARGS)
 	$(BIN)/sovit fit runs/$(or $(SWEEP),star_tiny)
 
 .PHONY: sweep-grid
 sweep-grid: setup  ## train the grid sweep of small shapes and write its report
-	$(BIN)/sovit run sweeps/$(or $(SWEEP),grid_tiny).yaml $(ARGS)
+	$(BIN)/sovit $(RUN) sweeps/$(or $(SWEEP),grid_tiny).yaml $(ARGS)
 	$(BIN)/sovit fit runs/$(or $(SWEEP),grid_tiny)
 
 .PHONY: sweep-diagonal
 sweep-diagonal: setup  ## train shapes scaled jointly: how far to go along the star's direction
-	$(BIN)/sovit run sweeps/$(or $(SWEEP),diagonal_tiny).yaml $(ARGS)
+	$(BIN)/sovit $(RUN) sweeps/$(or $(SWEEP),diagonal_tiny).yaml $(ARGS)
 	$(BIN)/sovit fit runs/$(or $(SWEEP),diagonal_tiny)
 
 .PHONY: test

@@ -61,7 +61,10 @@ def main() -> None:
     ]
     study((*cases[0][:4], 1))  # compiles, so that the workers find it done
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(study, cases))
+        rows = []
+        for row in pool.map(study, cases):
+            rows.append(row)
+            print(row, flush=True)
     head = [
         f"Depth arm, 7 sizes x 14 durations, sigma = {SIGMA:.1%}, tests at 5%.",
         "",

@@ -1,7 +1,8 @@
 """Cells that train nothing, for the tests of the local runner: what one does is written in its overrides.
 
 Every start is noted in ``starts`` beside the run directories, so a test can count them. Imported by the test, by runners
-started as processes of their own (``python fake_cells.py ROOT WORKERS NAME=DEED ...``), and by the cells.
+started as processes of their own (``python fake_cells.py ROOT WORKERS [host=far] [lease=S] NAME=DEED ...``), and by the
+cells.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from sovit import records
-from sovit.config import RunConfig
-from sovit.launch.local import run_sweep
+from claimants import pose
+from sovit import claims, records
+from sovit.config import ModelConfig, RunConfig
+from sovit.launch.local.runner import run_sweep
 from sovit.launch.plan import Cell, Plan
 from sovit.shape import Shape
 
 TARGET = "fake_cells:run"
-PRELOAD = ["sovit.launch.local"]
+PRELOAD = ["sovit.launch.local.runner"]
+
+
+def config_of(root: Path, tag: str) -> RunConfig:
+    model = ModelConfig(num_heads=1, patch_size=16)
+    return RunConfig(name="fake", runs_dir=str(root), tag=tag, model=model)
 
 
 def plan(
@@ -29,7 +37,7 @@ def plan(
     cells = [
         Cell(
             overrides=[str(root), name, deed, config_hash],
-            config=RunConfig(),
+            config=config_of(root, name),
             run_id=f"fake-{name}",
             run_dir=root / "fake" / f"fake-{name}",
             config_hash=config_hash,
@@ -50,8 +58,8 @@ def plan(
     return Plan("fake", root, cells, workers, "nothing")
 
 
-def go(made: Plan, retry_failed: bool = False) -> int:
-    return run_sweep(made, retry_failed=retry_failed, target=TARGET, preload=PRELOAD)
+def go(made: Plan, **options: Any) -> int:
+    return run_sweep(made, **{"target": TARGET, "preload": PRELOAD, **options})
 
 
 def starts(root: Path) -> list[str]:
@@ -70,52 +78,100 @@ def wait_until(condition: object, seconds: float = 60.0) -> bool:
     return False
 
 
+def directory_of(root: Path, name: str, retry: dict[str, str]) -> Path:
+    """Of a cell of `plan`, or of its retry, which has overrides of its own."""
+    if not retry:
+        return root / "fake" / f"fake-{name}"
+    return records.run_dir(config_of(root, retry["tag"]))
+
+
 def run(overrides: list[str]) -> int:
-    """The cell. Deeds: done, fail, crash, diverge, die, die_once, meet, hang, stubborn, lie."""
-    root, name, deed, config_hash = Path(overrides[0]), *overrides[1:]
-    directory = root / "fake" / f"fake-{name}"
+    """The cell. Deeds: done, slow, gate, fail, crash, diverge, steep, die, die_once, meet, hang, stubborn, lie."""
+    root, name, deed, config_hash = Path(overrides[0]), *overrides[1:4]
+    retry = dict(item.split("=") for item in overrides[4:])
+    directory = directory_of(root, name, retry)
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    with (root / "starts").open("a") as file:
-        file.write(f"{name}\n")
-    print(f"{name} speaks")
-    os.system("echo a child of the cell speaks")
+    try:
+        with claims.hold(directory, beat=0.05) as claim:
+            found = records.read_run(directory)
+            if found is not None and found["status"] == "done" and "evals_bytes" not in found:
+                return 0
+            with (root / "starts").open("a") as file:
+                file.write(f"{directory.name.removeprefix('fake-')}\n")
+            print(f"{name} speaks")
+            os.system("echo a child of the cell speaks")
+            rate = float(retry.get("optim.lr", RunConfig().optim.lr))
+            return _do(root, name, deed, config_hash, directory, rate, claim, stopped)
+    except claims.Held:
+        return 76
+
+
+def _do(
+    root: Path,
+    name: str,
+    deed: str,
+    config_hash: str,
+    directory: Path,
+    rate: float,
+    claim: claims.Claim,
+    stopped: list[int],
+) -> int:
     tries = starts(root).count(name)
     record = {"status": "running", "reason": None, "config_hash": config_hash, "steps_trained": 10, "images_per_s": 5.0}
 
     def end(status: str, reason: str | None = None) -> None:
+        claim.check()
         records.write_json(directory / records.RUN, {**record, "status": status, "reason": reason})
 
-    try:
-        with records.lock(directory):
-            end("running")
-            (directory / "pid").write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
-            if deed == "crash":
-                raise RuntimeError("the cell crashed")
-            if deed == "fail":
-                end("failed", "ValueError: no such data")
-                return 1
-            if deed == "diverge":
-                end("diverged", "training loss is nan at step 7")
-                return 3
-            if deed == "die" or (deed == "die_once" and tries == 1):
-                os.kill(os.getpid(), signal.SIGKILL)
-            if deed == "lie":
-                return 0
-            if deed == "meet":  # do not end before another cell runs
-                assert wait_until(lambda: len(starts(root)) > 1)
-            while deed == "stubborn" or (deed == "hang" and not stopped):
-                time.sleep(0.02)
-            if stopped:
-                (directory / "checkpoint").touch()
-                end("running", "stopped by a signal")
-                return 75
-            end("done")
-    except records.Locked:
-        return 76
+    end("running")
+    (directory / "pid").write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
+    if deed == "crash":
+        raise RuntimeError("the cell crashed")
+    if deed == "fail":
+        end("failed", "ValueError: no such data")
+        return 1
+    if deed == "diverge" or (deed == "steep" and rate > 0.0003):
+        end("diverged", "training loss is nan at step 7")
+        return 3
+    if deed == "die" or (deed == "die_once" and tries == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "lie":
+        return 0
+    if deed == "slow":
+        time.sleep(0.3)
+    if deed == "meet":  # do not end before another cell runs
+        assert wait_until(lambda: len(starts(root)) > 1)
+    while (
+        deed == "stubborn"
+        or (deed == "hang" and not stopped)
+        or (deed == "gate" and not stopped and not (root / "open").exists())
+    ):
+        time.sleep(0.02)
+    if stopped:
+        (directory / "checkpoint").touch()
+        end("running", "stopped by a signal")
+        return 75
+    end("done")
     return 0
 
 
+def run_far(overrides: list[str]) -> int:
+    """The cell, as if on another machine."""
+    pose("far")
+    return run(overrides)
+
+
 if __name__ == "__main__":
-    deeds = dict(argument.split("=") for argument in sys.argv[3:])
-    sys.exit(go(plan(Path(sys.argv[1]), deeds, workers=int(sys.argv[2]))))
+    given = dict(argument.split("=") for argument in sys.argv[3:])
+    options: dict[str, Any] = {"lease": float(given.pop("lease", claims.LEASE_S))}
+    if given.pop("host", ""):
+        pose("far")
+        options["target"] = "fake_cells:run_far"
+    if "preload" in given:
+        options["preload"] = [given.pop("preload")]
+    try:
+        sys.exit(go(plan(Path(sys.argv[1]), given, workers=int(sys.argv[2])), **options))
+    except ValueError as error:  # as sovit.cli.main does
+        print(error)
+        sys.exit(2)

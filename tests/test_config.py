@@ -1,10 +1,13 @@
 """Typos never pass in silence, wrong values get one sentence, and every shipped experiment composes."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from sovit import config
 from sovit.config import ConfigError, compose, config_groups, eval_steps, schema_keys, shape_of
 from sovit.shape import Shape
 
@@ -51,6 +54,64 @@ from sovit.shape import Shape
         ("eval.datasets=[]", "eval.datasets=[]"),
         ("seed=8388608", "seed=8388608"),
         ("model.head_dim=4", "model.num_heads=4"),
+        # a node or a group that is set to something else
+        ("optim=3", "choose from adafactor, adamw"),
+        ("optim=null", "choose from adafactor, adamw"),
+        ("optim={lr: 1}", "choose from adafactor, adamw"),
+        ("optim=[adamw]", "'adamw'"),
+        ("optim=adamw,adafactor", "is not an option of conf/optim"),
+        ("+optim=adamw", "write optim=adamw"),
+        ("optim@model=adamw", "'optim@model' is not a key"),
+        ("optim.lr.x=1", "optim.lr holds a value and no keys"),
+        ("optim.lr={x: 1}", "optim.lr"),
+        ("eval=3", "eval.datasets"),
+        ("durations={}", "durations.values"),
+        ("experiment=[star,grid]", "choose from"),
+        ("experiment=null", "choose from"),
+        ("hydra.run.dir=x", "leave it out"),
+        ("hydra/job_logging=default", "leave it out"),
+        # values of another type, or that only look like one
+        ("seed=1e3", "write 1000"),
+        ("seed=007", "write 7"),
+        ("seed=1_000", "write seed=1000"),
+        ("seed=-0", "write seed=0"),
+        ("seed='5'", "without quotes"),
+        ("seed=true", "seed=True"),
+        ("seed=null", "give seed="),
+        ("seed=", "seed="),
+        ("seed", "seed=VALUE"),
+        ("seed=0,1", "sweep file"),
+        ("seed=range(3)", "sweep file"),
+        (f"seed={'9' * 400}", "too large"),
+        (f"seed={'9' * 5000}", "cannot be read"),
+        ("optim.lr=nan", "optim.lr=nan"),
+        ("optim.lr=inf", "optim.lr=inf"),
+        ("optim.lr=1e400", "optim.lr=inf"),
+        ("optim.lr=true", "optim.lr=True"),
+        ("optim.lr='0.1'", "write 0.1"),
+        ("eval.shots=5", "write eval.shots=[5]"),
+        ("eval.shots=[true]", "eval.shots[0]"),
+        ("eval.datasets=digits", "write eval.datasets=[digits]"),
+        ("eval.l2_reg=true", "eval.l2_reg"),
+        ("durations.values=[]", "not both"),
+        ("trainer.keep_checkpoint=yes", "neither true nor false"),
+        ("trainer.keep_checkpoint=1", "neither true nor false"),
+        ("tag=1.10", "put another letter before it"),
+        ("tag=true", "put another letter before it"),
+        # names and paths
+        ("name=..", "name='..'"),
+        ("name=.hidden", "no '.' first"),
+        (f"tag={'x' * 81}", "at most 80"),
+        ("runs_dir=", "runs_dir"),
+        ('runs_dir="a\nb"', "cannot be printed"),
+        ("center=here", "center='here'"),
+        ("retry_of=../x", "retry_of='../x'"),
+        # letters that only look right, and values from somewhere else
+        ("\N{CYRILLIC SMALL LETTER DZE}eed=3", "'seed'"),
+        ("optim=\N{CYRILLIC SMALL LETTER A}damw", "'adamw'"),
+        ("optim.name='\N{CYRILLIC SMALL LETTER A}damw'", "'adamw'"),
+        ("seed=${oc.env:SEED}", "depends on the machine"),
+        ("seed=${sed}", "sed"),
     ],
 )
 def test_a_bad_override_gets_one_sentence_that_names_the_mend(override: str, names: str) -> None:
@@ -152,3 +213,87 @@ def test_the_command_line_refuses_with_exit_code_2_and_no_traceback() -> None:
     )
     assert done.returncode == 2
     assert "did you mean 'trainer.max_steps'?" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_key_given_two_values_is_refused_on_the_command_line_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """Hydra takes the last; a caller that adds to a cell's overrides may, a person who types both has made a mistake."""
+    from sovit import train
+
+    assert train.main(["seed=1", "optim.lr=0.1", "seed=2"]) == 2
+    assert "seed is given twice, as 1 and as 2; drop one." in capsys.readouterr().err
+    assert compose(["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--cfg", "job", "optm.lr=1"], "did you mean 'optim.lr'?"),
+        (["--help", "sed=1"], "did you mean 'seed'?"),
+        (["--cfg", "jb"], "write --cfg job"),
+        (["--confg", "job"], "did you mean '--cfg'?"),
+        (["--config-name", "other"], "--config-name is not an option"),
+        (["--config-dir=other"], "--config-dir is not an option"),
+        (["--experimental-rerun", "x"], "--experimental-rerun is not an option"),
+        (["-m", "seed=0,1"], "use `sovit run FILE`"),
+    ],
+)
+def test_flags_never_hide_a_mistake_or_load_another_configuration(
+    flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sovit import train
+
+    assert train.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "sentence"),
+    [
+        ("config.yaml", "seed: 0", "seed: 0\nseed: 1", "the key 'seed' is given twice"),
+        ("optim/adamw.yaml", "lr: 5.0e-3", "lr: 5.0e-3\nlr: 1", "the key 'lr' is given twice"),
+        ("optim/adamw.yaml", "beta2: 0.98\n", "", "does not state beta2"),
+        ("config.yaml", "seed: 0", "seed: 010", "010 is read as the number 8"),
+        ("config.yaml", 'tag: ""', "tag: 1:30", "1:30 is read as the number 90"),
+        ("config.yaml", 'tag: ""', "tag: no", "tag=False is not text"),
+        ("config.yaml", "seed: 0", "seed: 0\n  x: 1", "config.yaml, line"),
+        ("config.yaml", "seed: 0", "seed: ${oc.env:SEED}", "seed=${oc.env:SEED} depends on the machine"),
+        ("config.yaml", "durations:  ", "durations: 3\nx:  ", "durations must hold keys of its own"),
+        ("config.yaml", "  - _self_", "  - star_tiny", "defaults has 'star_tiny'"),
+        ("config.yaml", "model: tiny", "model: [tiny, vit]", "model=['tiny', 'vit'] is not an option"),
+        ("optim/adamw.yaml", "name: adamw", "# @package model\nname: adamw", "leave that line out"),
+    ],
+)
+def test_a_fault_in_a_file_of_conf_is_a_sentence_with_its_path(
+    file: str, old: str, new: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(config.CONF_DIR, tmp_path / "conf")
+    monkeypatch.setattr(config, "CONF_DIR", tmp_path / "conf")
+    path = tmp_path / "conf" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        compose()
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value) or "tag=False" in sentence
+
+
+def test_an_experiment_may_be_based_on_another_and_both_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(config.CONF_DIR, tmp_path / "conf")
+    monkeypatch.setattr(config, "CONF_DIR", tmp_path / "conf")
+    folder = tmp_path / "conf" / "experiment"
+    (folder / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - star_tiny\n  - _self_\nseed: 7\n")
+    cfg = compose(["experiment=mine"])
+    assert (cfg.name, cfg.seed, cfg.durations.values and len(cfg.durations.values)) == ("star_tiny", 7, 6)
+    (folder / "star_tiny.yaml").write_text((folder / "star_tiny.yaml").read_text().replace("name:", "nmae:"))
+    with pytest.raises(ConfigError, match=r"star_tiny\.yaml: 'nmae' .* 'name'"):
+        compose(["experiment=mine"])
+
+
+def test_the_folder_of_the_runs_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes no number, and on a cluster every user has a scratch folder of his own."""
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    assert compose(["runs_dir=${oc.env:SCRATCH}/runs"]).runs_dir == "/scratch/me/runs"

@@ -1,6 +1,6 @@
 """One cell from configuration to records: determinism, resume, branches, averages, and how a cell ends."""
 
-import contextlib
+import functools
 import json
 import multiprocessing
 import random
@@ -14,52 +14,19 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from sovit import records, schedule
-from sovit.config import ConfigError, RunConfig, compose, eval_steps, model_geometry, shape_of
+from small_cells import content, overrides, pretend_stop, small
+from sovit import claims, records, schedule
+from sovit.config import ConfigError, RunConfig, eval_steps, model_geometry, shape_of
 from sovit.flops import forward_gflops
 from sovit.lit import engine
 from sovit.lit.data import FractalData
 from sovit.lit.module import sigmoid_xent
 
-SMALL = [
-    "shape=16x1x16",
-    "logger=none",
-    "data.num_classes=8",
-    "data.num_heldout=4",
-    "durations.values=[8 steps,16 steps,24 steps]",
-    "durations.first=null",
-    "durations.last=null",
-    "durations.num=null",
-    "schedule.warmup_steps=4",
-    "eval.shots=[1,5]",
-    "trainer.global_batch_size=16",
-    "trainer.log_every_n_steps=4",
-]
-
-
-def small(runs_dir: Path, *overrides: str) -> RunConfig:
-    return compose([*SMALL, f"runs_dir={runs_dir}", *overrides])
-
-
-def content(cfg: RunConfig) -> list[bytes]:
-    """The growing files of a run."""
-    return [(records.run_dir(cfg) / name).read_bytes() for name in (records.EVALS, records.METRICS)]
-
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Pretend that a stop signal arrives during the n-th step of this process."""
-
-    def arrange(step: int) -> None:
-        calls = iter(range(1, 10**6))
-
-        @contextlib.contextmanager
-        def signals() -> Iterator[Any]:
-            yield lambda: next(calls) >= step
-
-        monkeypatch.setattr(engine, "_stop_on_signals", signals)
-
-    return arrange
+    return functools.partial(pretend_stop, monkeypatch)
 
 
 @pytest.mark.parametrize("weights", ["ema", "cooled", "trunk"])
@@ -129,10 +96,10 @@ def test_sigkill_at_random_moments_loses_nothing(tmp_path: Path, weights: str) -
     undisturbed, killed = small(tmp_path / "a", *common), small(tmp_path / "b", *common)
     assert engine.run(undisturbed) == engine.OK
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sovit.lit.engine"])
+    context.set_forkserver_preload(["sovit.launch.preload"])
     moments, kills = random.Random(0), 0
     for _ in range(60):
-        process = context.Process(target=_cell, args=([*SMALL, f"runs_dir={tmp_path / 'b'}", *common],))
+        process = context.Process(target=_cell, args=(overrides(tmp_path / "b", *common),))
         process.start()
         directory = records.run_dir(killed)
         while process.is_alive() and not (directory / records.RUN).exists():
@@ -299,7 +266,8 @@ def test_lightnings_own_look_at_sigterm_is_a_stop(tmp_path: Path, monkeypatch: p
 def test_a_done_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = small(tmp_path)
     engine.run(cfg)
-    before = {path: path.stat().st_mtime_ns for path in records.run_dir(cfg).iterdir() if path.name != records.LOCK}
+    files = (path for path in records.run_dir(cfg).iterdir() if not path.name.startswith(claims.PREFIX))
+    before = {path: path.stat().st_mtime_ns for path in files}
     assert engine.run(cfg) == engine.OK
     assert "is done already" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -309,14 +277,6 @@ def test_another_configuration_never_overwrites_records(tmp_path: Path) -> None:
     engine.run(small(tmp_path))
     with pytest.raises(ConfigError, match="another configuration"):
         engine.run(small(tmp_path, "optim.lr=0.001"))
-
-
-def test_a_diverged_cell_is_a_state_with_a_reason(tmp_path: Path) -> None:
-    cfg = small(tmp_path, "optim.lr=1e30", "optim.clip_norm=null", "schedule.warmup_steps=0")
-    assert engine.run(cfg) == engine.DIVERGED
-    record = records.read_run(records.run_dir(cfg))
-    assert record and record["status"] == records.DIVERGED
-    assert "not finite" in record["reason"] or "loss is" in record["reason"]
 
 
 def test_a_crash_is_a_state_with_a_reason(
@@ -337,7 +297,7 @@ def test_a_crash_is_a_state_with_a_reason(
 
 def test_a_second_process_leaves_a_running_cell_alone(tmp_path: Path) -> None:
     cfg = small(tmp_path)
-    with records.lock(records.run_dir(cfg)):
+    with claims.hold(records.run_dir(cfg)):
         assert engine.run(cfg) == engine.LOCKED
     assert records.read_run(records.run_dir(cfg)) is None
 
@@ -368,17 +328,17 @@ def test_wandb_that_cannot_start_does_not_stop_a_run(
 def test_wandb_that_fails_in_the_middle_does_not_stop_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lightning.pytorch.loggers import WandbLogger
+    from sovit.lit.loggers import QuietWandb
 
-    from sovit.lit.loggers import MetricsFile, QuietWandb
+    class Live:
+        def __init__(self, directory: Path) -> None:
+            self.directory = directory
 
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise ConnectionError("the service went away")
+        def log(self, *args: Any) -> None:
+            raise ConnectionError("the service went away")
 
-    monkeypatch.setattr(WandbLogger, "log_metrics", fail)
-    monkeypatch.setattr(QuietWandb, "__init__", lambda self: setattr(self, "_experiment", None))
     monkeypatch.setattr(engine, "finish", lambda *_: None)
-    monkeypatch.setattr(engine, "make_loggers", lambda cfg, directory: [MetricsFile(directory), QuietWandb()])
+    monkeypatch.setattr(engine, "make_loggers", lambda cfg, directory: [QuietWandb(Live(directory))])  # type: ignore[arg-type]
     assert engine.run(small(tmp_path)) == engine.OK
     assert capsys.readouterr().out.count("the service went away") == 1
 

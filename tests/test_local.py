@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,40 @@ import pytest
 import fake_cells
 from fake_cells import go, plan, starts, wait_until
 from sovit import records
-from sovit.launch.local import _judge
+from sovit.launch.local.outcome import judge
 from sovit.launch.state import CellState, state_on_disk
 from sovit.launch.sweep import SweepError
 
+RUNNERS: list["subprocess.Popen[str]"] = []
+
 
 def runner(root: Path, workers: int, **deeds: str) -> "subprocess.Popen[str]":
-    """A runner in a process of its own, in a process group of its own."""
+    """A runner in a process of its own, in a process group of its own; host="far" poses as another machine."""
     arguments = [sys.executable, fake_cells.__file__, str(root), str(workers), *(f"{k}={v}" for k, v in deeds.items())]
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    RUNNERS.append(
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     )
+    return RUNNERS[-1]
+
+
+@pytest.fixture(autouse=True)
+def no_runner_left() -> Iterator[None]:
+    yield
+    while RUNNERS:
+        process = RUNNERS.pop()
+        process.kill()
+        process.communicate()
+
+
+def lines_until(process: "subprocess.Popen[str]", text: str) -> list[str]:
+    """What a runner says up to the line with a text in it."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} was never said:\n{''.join(lines)}")
 
 
 def pids(root: Path) -> list[int]:
@@ -120,14 +144,6 @@ def test_another_configuration_in_the_run_directory_stops_before_anything_starts
     assert starts(tmp_path) == ["a"]
 
 
-def test_a_cell_run_by_another_process_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with records.lock(tmp_path / "fake" / "fake-a"):
-        assert state_on_disk(tmp_path / "fake" / "fake-a")[0] == "running"
-        assert go(plan(tmp_path, {"a": "done", "b": "done"})) == 1
-    assert "1 of 2 cells are run by another process" in capsys.readouterr().out
-    assert go(plan(tmp_path, {"a": "done", "b": "done"})) == 0
-
-
 def test_each_gpu_worker_sees_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs on one GPU is the classic mistake; set before CUDA starts, each cell sees a single device."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -191,5 +207,5 @@ def test_a_cell_stopped_by_somebody_else_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("exitcode", "word"), [(-9, "out of memory"), (77, "exit code 77"), (-15, "SIGTERM")])
 def test_the_reason_of_a_death_is_named(tmp_path: Path, exitcode: int, word: str) -> None:
     state = CellState(plan(tmp_path, {"a": "done"}).cells[0])
-    verdict, reason = _judge(state, exitcode, stopping=False)
+    verdict, reason = judge(state, exitcode, stopping=False)
     assert verdict == "died" and word in reason

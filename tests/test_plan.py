@@ -1,17 +1,20 @@
 """The plan: steps, compute and time of a cell against numbers worked out by hand, and what a plan refuses."""
 
 import dataclasses
+import io
+import json
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sovit import records
 from sovit.config import ConfigError, compose
 from sovit.launch import plan as planning
-from sovit.launch.display import time_left
-from sovit.launch.plan import CPU, GPU, Plan, makespan, plan, visible_gpus
-from sovit.launch.plan_table import plan_table
+from sovit.launch.local.display import time_left
+from sovit.launch.plan import CPU, GPU, Plan, gactivations, makespan, plan, timed, visible_gpus
+from sovit.launch.plan_table import plan_document, plan_table
 from sovit.launch.state import CellState
 from sovit.launch.sweep import SweepError, load_sweep
 from sovit.launch.tables import count_text, duration_text
@@ -65,7 +68,7 @@ def finished(tmp_path: Path, name: str, wall_s: float, **changes: object) -> Non
     directory.mkdir(parents=True)
     record = {
         "schema": records.SCHEMA, "status": "done", "config": dataclasses.asdict(cfg), "wall_s": wall_s,
-        "depth": 4, "steps_trained": 144, "forward_gflops": 434_176e-9,
+        "width": 32, "depth": 4, "mlp_dim": 128, "patch_size": 8, "steps_trained": 144, "forward_gflops": 434_176e-9,
     }  # fmt: skip
     records.write_json(directory / records.RUN, record | changes)
 
@@ -80,6 +83,54 @@ def test_finished_runs_correct_the_expected_time(tmp_path: Path) -> None:
     after = center(tmp_path)
     assert after.cells[0].seconds == pytest.approx(3 * before.seconds)
     assert "corrected by 3 finished runs" in after.basis
+
+
+def test_finished_runs_do_not_correct_a_measurement(tmp_path: Path) -> None:
+    """Or what they say of this machine would count twice; that they took much longer is said."""
+    model = dataclasses.replace(CPU, block_s=2 * CPU.block_s, startup_s=7.0, basis="measured")
+    alone = timed(center(tmp_path), model)
+    for name in "abc":
+        finished(tmp_path, name, 1.2 * alone.cells[0].seconds)
+    assert timed(center(tmp_path), model).notes == ()
+    for name in "def":
+        finished(tmp_path, name, 1.6 * alone.cells[0].seconds)
+    finished(tmp_path, "g", 1.6 * alone.cells[0].seconds)
+    after = timed(center(tmp_path), model)
+    assert after.cells == alone.cells
+    assert (after.basis, after.wall_seconds) == ("measured", pytest.approx(7.0 + alone.cells[0].seconds))
+    [note] = after.notes
+    assert "Half of the 7 finished runs" in note and "took 1.6 times or more as long" in note
+
+
+def test_activations_cost_time_too() -> None:
+    """A block of width 32 and MLP 128 with 4 tokens has 4 x (128 + 4 x 32) of them."""
+    assert gactivations(32, 3, 128, 4) == pytest.approx(3 * 4 * 256e-9)
+    slow = dataclasses.replace(CPU, activation_s=2.0, eval_activation_s=3.0)
+    more = slow.seconds(4, 10, 128, 2, 1e-3, 5e-6) - CPU.seconds(4, 10, 128, 2, 1e-3, 5e-6)
+    assert more == pytest.approx(10 * 128 * 5e-6 * 2.0 + 2 * planning.EVAL_IMAGES * 5e-6 * 3.0)
+
+
+def test_a_narrow_terminal_gets_a_table_that_fits(tmp_path: Path) -> None:
+    """No cell of it is folded or cut, whether the cost is asked for or not."""
+    made = plan(load_sweep(SWEEPS / "star_tiny.yaml", ["shape=256x16x512", f"runs_dir={tmp_path}"]))
+    for width in (80, 120, None):
+        for price in (None, 2.0):
+            rows = plan_table(made, price, width=width)
+            console = Console(width=width or 200, record=True, file=io.StringIO())
+            console.print(rows)
+            [row] = [line for line in console.export_text().splitlines() if "w0256-d16-m0512" in line]
+            assert duration_text(made.cells[0].seconds) in row and ("$" in row) == (price is not None)
+            assert "\u2026" not in row and f"{made.cells[0].steps:,}" in row
+
+
+def test_the_document_of_a_plan_adds_up(tmp_path: Path) -> None:
+    made = center(tmp_path)
+    document = json.loads(json.dumps(plan_document(made, price=3.0)))
+    [cell] = document["cells"]
+    assert cell["overrides"] == made.cells[0].overrides and cell["evaluations"]["8 gflops"] == 144
+    assert cell["seconds"] == made.cells[0].seconds == pytest.approx(document["wall_seconds"])
+    assert document["cost"] == pytest.approx(cell["cost"]) == pytest.approx(3.0 * cell["seconds"] / 3600)
+    assert "cost" not in plan_document(made) and "cost" not in plan_document(made)["cells"][0]
 
 
 def test_device_hours_count_the_threads_of_a_worker(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sovit.analysis.star import fit_star
 from sovit.cli import simulate as command
 from sovit.config import compose
 from sovit.flops import forward_gflops
-from sovit.launch.local import refuse_changed
+from sovit.launch.local.runner import refuse_changed
 from sovit.launch.plan import plan
 from sovit.launch.sweep import SweepError, load_sweep
 from sovit.shape import Shape

@@ -172,7 +172,7 @@ def test_a_file_that_hydra_would_misread_is_refused_in_a_sentence(tmp_path: Path
         load_sweep(write(tmp_path, body))
     message = str(caught.value)
     assert sentence in message
-    assert "bad.yaml" in message and "\n" not in message and message.endswith(".")
+    assert "bad.yaml" in message and "\n" not in message and message.endswith((".", "?"))
 
 
 @pytest.mark.parametrize(
@@ -207,3 +207,42 @@ def test_an_override_that_is_not_one_value_is_refused(override: str) -> None:
 
 def test_the_metric_names_a_dataset_and_shots() -> None:
     assert metric_of("eval/fractals_10shot/error") == ("fractals", 10)
+
+
+def test_a_key_given_twice_on_the_command_line_is_refused() -> None:
+    with pytest.raises(SweepError, match="seed is given twice, as 0 and as 1; drop one"):
+        load_sweep(SWEEPS / "star_smoke.yaml", ["seed=0", "seed=1"])
+    assert load_sweep(SWEEPS / "star_smoke.yaml", ["seed=0", "seed=0"]).cells
+
+
+@pytest.mark.parametrize("sign", ["+", "++", "~"])
+def test_a_sign_before_a_key_is_refused_with_the_way_to_write_it(sign: str) -> None:
+    with pytest.raises(ValueError, match="seed") as caught:
+        load_sweep(SWEEPS / "star_smoke.yaml", [f"{sign}seed=0"])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_logger_that_is_called_none_can_be_chosen(tmp_path: Path) -> None:
+    file = write(tmp_path, "parameters: {seed: {value: 0}, logger: {value: none}}\n")
+    assert load_sweep(file).cells == [["seed=0", "logger=none"]]
+    assert compose(load_sweep(file).cells[0]).logger.name == "none"
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("parameters: {seed: {value: 010}}\n", "010 is read as the number 8; write 8, or '010' for the text"),
+        ("parameters: {[a]: {value: 1}}\n", "a key is not a word"),
+        ("parameters: {seed: {value: 2020-99-99}}\n", "bad.yaml"),
+    ],
+)
+def test_what_yaml_would_read_as_something_else_is_refused(tmp_path: Path, body: str, sentence: str) -> None:
+    with pytest.raises(SweepError) as caught:
+        load_sweep(write(tmp_path, body))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_metric_of_an_unknown_data_set_is_refused(tmp_path: Path) -> None:
+    body = HEAD.replace("fractals", "fractal") + "parameters: {seed: {value: 0}}\n"
+    with pytest.raises(SweepError, match=r"did you mean 'fractals'\?"):
+        load_sweep(write(tmp_path, body, head=""))

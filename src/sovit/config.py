@@ -7,25 +7,22 @@ returns them filled in. Nobody else in the package sees OmegaConf. Importing thi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sovit import duration
 from sovit.flops import check_pos_embed, forward_gflops
+from sovit.overrides import check_input, groups_of
 from sovit.schedule import segments
 from sovit.shape import NAMED, Shape, num_patches, parse_shape
+from sovit.strict import ConfigError, build, keys_of, nearest, shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF_DIR = REPOSITORY / "conf"
-
-
-class ConfigError(ValueError):
-    """A configuration the user can mend; the message is one sentence that says how."""
 
 
 # The annotations below are Optional[...] and Union[...] because OmegaConf reads them at run time.
@@ -78,6 +75,9 @@ class OptimConfig:
     weight_decay: float = 0.0
     head_weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    diverged_above: float | None = (
+        10.0  # a loss above so many times the first step's ends a run; null: only nan and inf
+    )
 
 
 @dataclass
@@ -121,7 +121,7 @@ class TrainerConfig:
     max_steps: int | None = None  # stop early; longer durations are left out
     log_every_n_steps: int = 50
     checkpoint_every_s: float = 20.0
-    keep_checkpoint: bool = False  # keep last.ckpt of a finished run
+    keep_checkpoint: bool = False  # keep the last resume point of a finished run
 
 
 @dataclass
@@ -206,77 +206,33 @@ RANGES: dict[str, tuple[float, float]] = {  # from, up to but without
 EVAL_DATASETS = ("fractals", "digits")
 
 
-def schema_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+def schema_keys() -> list[str]:
     """Every dotted key of the schema, inner nodes included."""
-    keys = []
-    hints = typing.get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        keys.append(prefix + item.name)
-        if dataclasses.is_dataclass(hints[item.name]):
-            keys += schema_keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
-    return keys
-
-
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest candidate, or the list of them when none is close."""
-    candidates = list(candidates)
-    node = word.rpartition(".")[0]
-    if node in candidates:  # a wrong leaf of a known node: the mend is among its siblings
-        candidates = [candidate for candidate in candidates if candidate.startswith(f"{node}.")]
-    by_leaf = {candidate: candidate.rsplit(".", 1)[-1] for candidate in candidates}
-    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
-    if not close:
-        leaf = difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf.values(), n=1, cutoff=0.75)
-        close = [candidate for candidate in candidates if leaf and by_leaf[candidate] == leaf[0]][:1]
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; choose from {', '.join(sorted(candidates))}." if len(candidates) <= 13 else "; --help lists them."
+    return list(keys_of(RunConfig))
 
 
 def config_groups() -> dict[str, list[str]]:
     """Config groups of ``conf/`` and their options, for example {"experiment": ["star_tiny", ...]}."""
-    folders = (path for path in sorted(CONF_DIR.iterdir()) if path.is_dir() and path.name != "launcher")  # not of a run
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    return groups_of(CONF_DIR)
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for an override of an unknown key or group option, naming the nearest valid one."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+def check_overrides(overrides: Sequence[str], *, once: bool = True) -> None:
+    """Raise ConfigError for an override, or a file it leads to, with a wrong key or option; names the nearest valid one.
 
-    if not CONF_DIR.is_dir():
-        raise ConfigError("The conf/ directory was not found; install sovit from a clone with `make`, not as a wheel.")
-    keys, groups = schema_keys(), config_groups()
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"An override could not be read ({' '.join(str(error).split())}); write key=value.") from None
-    for override in parsed:
-        key = override.key_or_group
-        if key.split(".")[0].split("/")[0] == "hydra":
-            continue
-        if override.is_delete():
-            raise ConfigError(f"~{key} would remove a key that every run needs; set it to a value instead.")
-        if key in groups:
-            value = override.value()
-            known_node = dataclasses.is_dataclass(typing.get_type_hints(RunConfig).get(key, None))
-            if isinstance(value, str) and value not in groups[key]:
-                raise ConfigError(f"{key}={value} is not an option of conf/{key}{nearest(value, groups[key])}")
-            if known_node or key == "experiment":
-                continue
-        if key not in keys:
-            raise ConfigError(f"{key!r} is not a key of the configuration{nearest(key, [*keys, *groups])}")
+    ``once``: refuse a key given two values, as on a command line; otherwise the last of them counts.
+    """
+    check_input(overrides, CONF_DIR, RunConfig, once=once)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
-    """Compose ``conf/config.yaml`` with Hydra overrides. Raises ConfigError with one sentence."""
+    """Compose ``conf/config.yaml`` with Hydra overrides, the last of a key. Raises ConfigError with one sentence."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    check_overrides(overrides)
+    check_overrides(overrides, once=False)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base=None):
@@ -294,27 +250,16 @@ def resolve(composed: Any) -> RunConfig:
         for key in sorted(OmegaConf.missing_keys(composed)):
             raise ConfigError(f"{key} has no value; give {key}=...")
         container = OmegaConf.to_container(composed, resolve=True)
-        assert isinstance(container, dict)
-        keys = schema_keys()
-        for key in _leaves(container):
-            if key not in keys:
-                raise ConfigError(f"{key!r} is not a key of the configuration{nearest(key, keys)}")
-        l2_reg = container.get("eval", {}).get("l2_reg")
-        if isinstance(l2_reg, int):  # a Union of float and str takes no int
-            container["eval"]["l2_reg"] = float(l2_reg)
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), container))
     except OmegaConfBaseException as error:
         raise ConfigError(one_sentence(error)) from None
-    assert isinstance(cfg, RunConfig)
+    return from_mapping(typing.cast(dict[str, Any], container))
+
+
+def from_mapping(content: Mapping[str, Any]) -> RunConfig:
+    """A checked configuration from plain values, such as the ``config`` of a run.json. Raises ConfigError."""
+    cfg = build(RunConfig, content)
     check(cfg)
     return cfg
-
-
-def _leaves(container: dict[Any, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in container.items():
-        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
-    return keys
 
 
 def one_sentence(error: Exception) -> str:
@@ -330,7 +275,7 @@ def check(cfg: RunConfig) -> None:
     values = _flat(dataclasses.asdict(cfg))
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            raise ConfigError(f"{key}={values[key]} is not a choice{nearest(str(values[key]), choices)}")
+            raise ConfigError(f"{key}={shown(values[key])} is not a choice{nearest(values[key], choices)}")
     for key in POSITIVE:
         if not values[key] > 0:
             raise ConfigError(f"{key}={values[key]} must be positive.")
@@ -343,22 +288,35 @@ def check(cfg: RunConfig) -> None:
     for key in ("eval.datasets", "eval.shots"):
         if not values[key] or len(set(values[key])) < len(values[key]):
             raise ConfigError(f"{key}={values[key]} must name at least one, and none twice.")
-    for key in ("name", "tag"):
-        if not re.fullmatch(r"[A-Za-z0-9_.+]*", values[key]) or (key == "name" and not values[key]):
-            raise ConfigError(f"{key}={values[key]!r} becomes part of a file name; use letters, digits, '_', '.', '+'.")
+    for key, pattern in (("name", r"[A-Za-z0-9_+][A-Za-z0-9_.+]*"), ("tag", r"[A-Za-z0-9_.+]*")):
+        if not re.fullmatch(pattern, values[key]) or len(values[key]) > 80:
+            raise ConfigError(
+                f"{key}={values[key]!a} becomes part of a file name; use at most 80 letters, digits, '_', '.' and '+'"
+                + (", no '.' first." if values[key].startswith(".") and key == "name" else ".")
+            )
+    if not cfg.runs_dir.strip():
+        raise ConfigError("runs_dir is empty; give the folder that the records of all sweeps go to, such as runs.")
+    if cfg.center is not None and not (re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", cfg.center) or cfg.center in NAMED):
+        raise ConfigError(f"center={cfg.center!a} is no shape; write WIDTHxDEPTHxMLP such as 32x4x128, or null.")
+    if not re.fullmatch(r"[A-Za-z0-9_.+-]*", cfg.retry_of):
+        raise ConfigError(f"retry_of={cfg.retry_of!a} is no run id; leave it empty.")
     for dataset in cfg.eval.datasets:
         if dataset not in EVAL_DATASETS:
-            raise ConfigError(f"eval.datasets: {dataset!r} is not known{nearest(dataset, EVAL_DATASETS)}")
+            raise ConfigError(f"eval.datasets: {dataset!a} is not known{nearest(dataset, EVAL_DATASETS)}")
     if min(cfg.eval.shots) < 1:
         raise ConfigError(f"eval.shots={cfg.eval.shots} needs whole numbers of at least 1.")
     if isinstance(cfg.eval.l2_reg, str) and cfg.eval.l2_reg != "loo":
-        raise ConfigError(f"eval.l2_reg={cfg.eval.l2_reg!r} is neither a number nor 'loo'.")
+        raise ConfigError(f"eval.l2_reg={cfg.eval.l2_reg!a} is neither a number nor 'loo'.")
     if not isinstance(cfg.eval.l2_reg, str) and not cfg.eval.l2_reg > 0:
         raise ConfigError(f"eval.l2_reg={cfg.eval.l2_reg} must be positive.")
     if cfg.trainer.max_steps is not None and cfg.trainer.max_steps < 1:
         raise ConfigError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1, or null.")
     if cfg.optim.clip_norm is not None and not cfg.optim.clip_norm > 0:
         raise ConfigError(f"optim.clip_norm={cfg.optim.clip_norm} must be positive, or null to switch clipping off.")
+    if cfg.optim.diverged_above is not None and not cfg.optim.diverged_above > 1:
+        raise ConfigError(
+            f"optim.diverged_above={cfg.optim.diverged_above} must be above 1, or null to look for nan and inf only."
+        )
     try:
         shape = shape_of(cfg)
         num_patches(cfg.model.image_size, shape.patch_size)
@@ -427,7 +385,7 @@ def eval_steps(cfg: RunConfig) -> dict[int, str]:
     """
     spec = cfg.durations
     spaced = (spec.first, spec.last, spec.num)
-    if spec.values and any(value is not None for value in spaced):
+    if spec.values is not None and any(value is not None for value in spaced):
         raise ConfigError("durations: give values, or first, last and num, but not both.")
     if spec.values:
         labels = list(spec.values)

@@ -1,21 +1,20 @@
 """The files of a run: where they are, how they are written, and how they are read back.
 
 ``run.json`` is the one record of the run and, once its status is ``done``, the success marker. ``evals.jsonl`` and
-``metrics.jsonl`` only grow; a resume cuts them back to the lengths its checkpoint remembers. Loads no torch.
+``metrics.jsonl`` only grow; a resume cuts them back to the marks its resume point remembers. Loads no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import re
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,7 @@ from sovit.config import REPOSITORY, RunConfig, shape_of
 from sovit.shape import Shape
 
 SCHEMA = 1
-RUN, EVALS, METRICS, PROGRESS, LOG, LOCK = (
-    "run.json",
-    "evals.jsonl",
-    "metrics.jsonl",
-    "progress.json",
-    "log.txt",
-    ".lock",
-)
+RUN, EVALS, METRICS, PROGRESS, LOG = "run.json", "evals.jsonl", "metrics.jsonl", "progress.json", "log.txt"
 RUNNING, DONE, FAILED, DIVERGED = "running", "done", "failed", "diverged"
 
 _RUN_ID = re.compile(
@@ -46,12 +38,9 @@ _NOT_IDENTITY = {
     "retry_of": None,
     "logger": None,
     "data": ("num_workers",),
+    "optim": ("diverged_above",),  # a run that is not stopped trains the same
     "trainer": ("log_every_n_steps", "checkpoint_every_s", "keep_checkpoint"),
 }
-
-
-class Locked(RuntimeError):
-    """Another process runs this cell."""
 
 
 def run_id(cfg: RunConfig) -> str:
@@ -95,8 +84,14 @@ def read_run(directory: Path) -> dict[str, Any] | None:
 
 
 def read_progress(directory: Path) -> dict[str, Any] | None:
-    """{"step", "total_steps", "images_per_s"} as last written by a running cell, or None."""
-    return _read_json(directory / PROGRESS)
+    """{"step", "total_steps", "images_per_s", "wall_s"} as last written by a running cell, or None.
+
+    An unreadable file counts as none: it is for display, and a power cut may leave it empty.
+    """
+    try:
+        return _read_json(directory / PROGRESS)
+    except ValueError:
+        return None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -111,17 +106,55 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file in one step: a reader sees the old content or the new, never half."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, path)
+def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Replace a JSON file in one step: a reader sees the old content or the new, never half.
+
+    ``durable``: a power cut sees one of the two as well. Raises OSError with the file's name, and leaves no scratch.
+    """
+    scratch = scratch_of(path)
+    try:
+        with scratch.open("w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(scratch, path)
+        if durable:
+            sync_directory(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise named(error, path) from None
+
+
+def scratch_of(path: Path) -> Path:
+    """Where a file is written before it is moved into its place: always the same, so that a resume can remove it."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The error with the name of the file it is about; writing to an open file gives none."""
+    error.filename = str(path)
+    return error
 
 
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows as JSON lines with one write."""
     with path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write(as_lines(rows))
+
+
+def as_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -132,36 +165,99 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def lengths(directory: Path) -> dict[str, int]:
-    """Sizes in bytes of the growing files, for a checkpoint to remember."""
-    return {name: (directory / name).stat().st_size if (directory / name).exists() else 0 for name in (EVALS, METRICS)}
+# What is remembered of a growing file: its length in bytes and their CRC-32.
+Mark = tuple[int, int]
+GROWING = (EVALS, METRICS)
 
 
-def cut_back(directory: Path, remembered: dict[str, int]) -> None:
-    """Cut the growing files back to the lengths a checkpoint remembers. Raises ValueError if one is shorter."""
-    for name, length in remembered.items():
-        path = directory / name
-        size = path.stat().st_size if path.exists() else 0
-        if size < length:
-            raise ValueError(f"{path} holds {size} bytes, fewer than its checkpoint's {length}; delete {directory}.")
-        if size > length:
+def unlike(directory: Path, marks: Mapping[str, Mark]) -> str | None:
+    """Why the growing files do not begin with what the marks remember, or None if they do."""
+    for name, (length, checksum) in marks.items():
+        found = _beginning(directory / name, length)
+        if len(found) < length:
+            return f"{name} holds {len(found)} bytes of the {length} it remembers"
+        if zlib.crc32(found) != checksum:
+            return f"the first {length} bytes of {name} are not those it remembers"
+    return None
+
+
+def _beginning(path: Path, length: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(length)
+    except FileNotFoundError:
+        return b""
+
+
+class GrowingFiles:
+    """``evals.jsonl`` and ``metrics.jsonl`` as one process writes them, cut back to the marks it begins from.
+
+    Rows go to where this process's own rows end, not to the end of the file. So a process that lost its claim between
+    the check and the write, asleep perhaps, repeats bytes that are there already (a row is a function of the
+    configuration and the step) instead of doubling a row. ``check`` is called before every write.
+    """
+
+    def __init__(self, directory: Path, marks: Mapping[str, Mark] | None, check: Callable[[], None]) -> None:
+        self.directory, self.check = directory, check
+        self.marks: dict[str, Mark] = {name: (0, 0) for name in GROWING} | dict(marks or {})
+        for name, (length, _) in self.marks.items():
+            check()
+            path = directory / name
+            path.touch()
             os.truncate(path, length)
 
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Write rows with one write. Raises OSError with the file's name, the file cut back to whole rows."""
+        data, path = as_lines(rows).encode(), self.directory / name
+        length, checksum = self.marks[name]
+        self.check()
+        try:
+            with path.open("r+b") as file:
+                file.seek(length)
+                file.write(data)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, length)
+            raise named(error, path) from None
+        self.marks[name] = (length + len(data), zlib.crc32(data, checksum))
 
-@contextmanager
-def lock(directory: Path) -> Iterator[None]:
-    """Hold the run for this process; the kernel lets go when the process dies, however it dies. Raises Locked."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("w") as file:
-        for wait in (0.05, 0.1, 0.2, 0.0):  # whoever asks for the state of a run holds the lock for an instant
+    def sync(self) -> None:
+        """Make the rows survive a power cut: before a resume point that remembers them."""
+        for name in self.marks:
+            path = self.directory / name
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not wait:
-                    raise Locked(f"{directory.name} is being run by another process.") from None
-                time.sleep(wait)
-        yield
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise named(error, path) from None
+
+    def foreign(self) -> str | None:
+        """Why the files are not what this process wrote, to the last byte, or None."""
+        for name, (length, _) in self.marks.items():
+            if (self.directory / name).stat().st_size > length:
+                return f"{name} has grown beyond the {length} bytes that this process wrote"
+        return unlike(self.directory, self.marks)
+
+
+def seal(directory: Path) -> dict[str, Any]:
+    """What run.json remembers of the evaluations of a finished run: ``evals_bytes`` and ``evals_sha256``."""
+    data = (directory / EVALS).read_bytes()
+    return {"evals_bytes": len(data), "evals_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def broken_seal(directory: Path, record: Mapping[str, Any]) -> str | None:
+    """Why ``evals.jsonl`` is not the one a run was finished with, or None. A record without a seal is believed."""
+    if "evals_bytes" not in record:
+        return None
+    try:
+        found = seal(directory)
+    except FileNotFoundError:
+        return f"{EVALS} is missing"
+    if found["evals_bytes"] != record["evals_bytes"]:
+        return f"{EVALS} holds {found['evals_bytes']} bytes, not the {record['evals_bytes']} the run was finished with"
+    if found["evals_sha256"] != record.get("evals_sha256"):
+        return f"{EVALS} was changed after the run was finished"
+    return None
 
 
 def code_version() -> str:

@@ -1,8 +1,8 @@
 """Records in, points out: what a sweep measured, and what of it was left out and why.
 
 A point is one run at one duration, its error averaged over the draws of the support set. Nothing is dropped in silence:
-runs that are not done, and runs named in ``exclusions.csv`` (run_id,reason) of the sweep's directory, come back as
-exclusions.
+runs that are not done, diverged ones and those that repeat them at a lower learning rate among them, and runs named in
+``exclusions.csv`` (run_id,reason) of the sweep's directory, come back as exclusions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -80,8 +80,13 @@ class Exclusion:
     reason: str
 
 
-def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[Point], list[Exclusion]]:
+def load_points(
+    sweep_dir: str | Path, dataset: str, shots: int, *, retried: bool = False
+) -> tuple[list[Point], list[Exclusion]]:
     """Points of every finished run of ``runs/<name>`` on one data set at one number of shots, by run id and compute.
+
+    ``retried`` lets in the runs that repeat a diverged one at a lower learning rate. They are left out otherwise, because
+    an exponent fitted to shapes that were trained at several rates is one of the rates as well.
 
     Raises ValueError if there is no such directory, a finished run's records cannot be read, ``exclusions.csv`` is
     malformed or names an unknown run, the runs were trained by different recipes or evaluated with different weights,
@@ -99,14 +104,14 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
     owners: dict[str, str] = {}
     recipes: dict[str, dict[str, Any]] = {}
     for run_dir in run_dirs:
-        reason = left_out.get(run_dir.name) or _not_done(run_dir)
+        reason = left_out.get(run_dir.name) or _does_not_count(run_dir, retried)
         if reason is None:
             rows = read_rows(run_dir / records.EVALS)
             _check_copy(run_dir, rows, owners)
             if rows:
                 record = records.read_run(run_dir) or {}
                 origin = {"sweep": rows[0].get("sweep"), "simulated": "simulated" in record}
-                recipes[run_dir.name] = recipe(record.get("config") or {}) | origin
+                recipes[run_dir.name] = recipe(record.get("config") or {}) | _wanted_rate(run_dirs, record) | origin
             rows = [row for row in rows if row["step"] > 0]
             available |= {(row["dataset"], row["shots"]) for row in rows}
             rows = [row for row in rows if row["dataset"] == dataset and row["shots"] == shots]
@@ -126,7 +131,7 @@ def load_points(sweep_dir: str | Path, dataset: str, shots: int) -> tuple[list[P
     return points, exclusions
 
 
-def metrics(sweep_dir: str | Path) -> list[tuple[str, int]]:
+def metrics(sweep_dir: str | Path, *, retried: bool = False) -> list[tuple[str, int]]:
     """(data set, shots) on which every run of a sweep that counts was evaluated. Raises what `load_points` raises."""
     sweep_dir = Path(sweep_dir)
     run_dirs = sorted(path for path in sweep_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -134,7 +139,7 @@ def metrics(sweep_dir: str | Path) -> list[tuple[str, int]]:
     held = [
         {(row["dataset"], row["shots"]) for row in read_rows(run_dir / records.EVALS) if row["step"] > 0}
         for run_dir in run_dirs
-        if run_dir.name not in left_out and _not_done(run_dir) is None
+        if run_dir.name not in left_out and _does_not_count(run_dir, retried) is None
     ]
     return sorted(set.intersection(*held)) if held else []
 
@@ -144,6 +149,9 @@ _FREE = (
     "shape",
     "seed",
     "runs_dir",
+    "center",
+    "retry_of",
+    "optim.diverged_above",
     "logger.",
     "model.width",
     "model.depth",
@@ -167,6 +175,16 @@ def recipe(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif not dotted.startswith(_FREE):
             flat[dotted] = value
     return flat
+
+
+def _wanted_rate(run_dirs: Sequence[Path], record: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optim.lr": the rate of the run that was repeated in the end} for a retry, which differs in nothing else; else {}."""
+    known = {path.name: path for path in run_dirs}
+    wanted: dict[str, Any] = {}
+    while (repeated := known.pop((record.get("config") or {}).get("retry_of") or "", None)) is not None:
+        record = records.read_run(repeated) or {}
+        wanted = {"optim.lr": recipe(record.get("config") or {}).get("optim.lr")}
+    return wanted
 
 
 def _check_recipes(sweep_dir: Path, recipes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -215,8 +233,8 @@ def _not_imported(path: Path) -> list[Exclusion]:
         raise ValueError(f"{path} is not what an import wrote; move it away, or import again.") from None
 
 
-def _not_done(run_dir: Path) -> str | None:
-    """Why the run does not count, or None if it is done."""
+def _does_not_count(run_dir: Path, retried: bool) -> str | None:
+    """Why the run does not count, or None if it is done, whole, and was trained like the others."""
     record = records.read_run(run_dir)
     if record is None:
         return f"no {records.RUN}"
@@ -229,7 +247,11 @@ def _not_done(run_dir: Path) -> str | None:
         raise ValueError(f"{run_dir / records.RUN} has a config that is no mapping; exclude the run in {EXCLUSIONS}.")
     status = record.get("status")
     if status == records.DONE:
-        return None
+        broken = records.broken_seal(run_dir, record)
+        if broken is not None:
+            return f"{broken}; the sweep's command trains the run again"
+        repeated = (record.get("config") or {}).get("retry_of")
+        return f"trained at a lower learning rate after {repeated} diverged" if repeated and not retried else None
     if status is None:
         return f"{records.RUN} says no status"
     reason = f"{status}: {record['reason']}" if record.get("reason") else f"{status}"

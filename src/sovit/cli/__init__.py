@@ -11,13 +11,15 @@ import sys
 from collections.abc import Sequence
 
 from sovit import __version__
-from sovit.cli import check, design, fit, importers, plan, predict, run, shape, simulate, status
+from sovit.cli import check, design, fit, importers, plan, predict, rerun, run, shape, simulate, status, wandb
 
 COMMANDS = (
     shape,
     plan,
     run,
     status,
+    rerun,
+    wandb,
     fit,
     check,
     predict,
@@ -29,7 +31,7 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return arguments.command(arguments)
     except ValueError as error:
@@ -41,6 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # no permission, a directory where a file should be, a full disk
         print(f"sovit {arguments.name}: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
         return 2
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with KEY=VALUE also accepted behind options, which argparse alone does not."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

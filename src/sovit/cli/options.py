@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 DEFAULT_METRIC = ("fractals", 10)
+PRICE_HELP = "dollars an hour: of one GPU, or of the whole machine where the cells run on its CPU"
 DIMENSIONS = ("width", "depth", "mlp_dim")  # as in analysis.points, which is slow to import
 
 

@@ -15,7 +15,7 @@ import hydra
 import sklearn.datasets
 import timm
 
-import sovit.launch.local
+import sovit.launch.local.runner
 import sovit.lit.engine
 from sovit.data.fractals import FractalWorld, render
 

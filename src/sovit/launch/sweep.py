@@ -11,7 +11,6 @@ when the file is read, not hours later in a cell.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from sovit.config import EVAL_DATASETS, check_overrides
+from sovit.strict import ConfigError, nearest, read_yaml
 
 TOP_LEVEL_KEYS = {"program", "command", "method", "metric", "name", "description", "project", "entity", "parameters"}
 COMMAND = ["${env}", "${interpreter}", "-m", "${program}", "${args_no_hyphens}"]
@@ -56,7 +56,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     document = _read(path)
     for key in document:
         if key not in TOP_LEVEL_KEYS:
-            raise SweepError(f"{path}: unknown key {key!r}{_did_you_mean(key, TOP_LEVEL_KEYS)}.")
+            raise SweepError(f"{path}: unknown key {key!a}{nearest(str(key), TOP_LEVEL_KEYS)}")
     if document.get("method") != "grid":
         raise SweepError(
             f"{path}: method is {document.get('method')!r}, but only 'grid' has a plan that is known beforehand; "
@@ -68,9 +68,12 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             f"command: {_flow(COMMAND)}."
         )
     axes = _axes(path, document.get("parameters"))
+    given: dict[str, str] = {}
     for override in overrides:
         key, value = _split(override)
-        axes[key] = [value]
+        if given.setdefault(key, value) != value:
+            raise SweepError(f"{key} is given twice, as {given[key]} and as {value}; drop one.")
+    axes |= {key: [value] for key, value in given.items()}
     cells = list(_product(axes))
     if len({tuple(cell) for cell in cells}) < len(cells):
         raise SweepError(f"{path}: some cells are listed twice.")
@@ -78,36 +81,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     return Sweep(str(name), path, _metric(path, document.get("metric")), cells)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the ordinary loader keeps the last without a word."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except OSError as error:
-        raise SweepError(
-            f"{path}: {(error.strerror or 'cannot be read').lower()}; give the path of a sweep file."
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
-        raise SweepError(f"{path}, {where}: {error.problem or error.context}.") from None
-    except yaml.YAMLError as error:
-        raise SweepError(f"{path}: not YAML: {' '.join(str(error).split())}.") from None
+        document = read_yaml(path)
+    except ConfigError as error:
+        raise SweepError(str(error).replace("give the path of a file", "give the path of a sweep file")) from None
     if not isinstance(document, dict):
         raise SweepError(f"{path}: a sweep file is a mapping with method, metric and parameters.")
     return document
@@ -154,7 +132,7 @@ def _render(path: Path, key: str, value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         raise SweepError(f"{path}: {key} has the value {value}; give a finite number.")
     text = str(value)
-    if isinstance(value, str) and value.lower() in {"null", "none", ""}:
+    if isinstance(value, str) and (value.lower() in {"null", ""} or value == "None"):
         raise SweepError(
             f"{path}: {key} has the value {value!r}, which Hydra does not read as that text; leave it out."
         )
@@ -176,6 +154,9 @@ def _product(axes: dict[str, list[str]]) -> Iterator[list[str]]:
 
 def _split(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
+    if key[:1] in ("+", "~"):
+        check_overrides([override])  # which names the key that was meant
+        raise SweepError(f"{override!a}: in a sweep every key is set in every cell; leave out {key[0]!r}.")
     if not equals or not _KEY.fullmatch(key) or not _WORDS.fullmatch(value):
         raise SweepError(f"{override!r} is not an override of one value; write KEY=VALUE such as seed=0.")
     return key, value
@@ -185,7 +166,7 @@ def metric_of(name: str) -> tuple[str, int]:
     """("fractals", 10) for ``eval/fractals_10shot/error``. Raises SweepError for any other text."""
     match = re.fullmatch(r"eval/(\w+)_(\d+)shot/error", name)
     if not match:
-        raise SweepError(f"metric name {name!r} is not one that runs log; write eval/fractals_10shot/error.")
+        raise SweepError(f"metric name {name!a} is not one that runs log; write eval/fractals_10shot/error.")
     return match[1], int(match[2])
 
 
@@ -194,13 +175,12 @@ def _metric(path: Path, metric: Any) -> dict[str, str]:
         raise SweepError(
             f"{path}: metric is {metric!r}; write metric: {{name: eval/fractals_10shot/error, goal: minimize}}."
         )
-    metric_of(str(metric["name"]))
+    dataset, _ = metric_of(str(metric["name"]))
+    if dataset not in EVAL_DATASETS:
+        raise SweepError(
+            f"{path}: metric {metric['name']!a} is of no data set of the evaluation{nearest(dataset, EVAL_DATASETS)}"
+        )
     return {key: str(value) for key, value in metric.items()}
-
-
-def _did_you_mean(word: object, known: set[str]) -> str:
-    near = difflib.get_close_matches(str(word), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; a sweep file has {', '.join(sorted(known))}"
 
 
 def _flow(items: Sequence[str]) -> str:

@@ -1,29 +1,34 @@
-"""What happens between the steps of a run: averaging weights, logging, few-shot evaluation, resume points.
+"""What happens between the steps of a run: averaging weights, watching for divergence, logging, evaluation, resume points.
 
-Order matters and is fixed in `sovit.lit.engine`: average, log, evaluate, then save, so that a checkpoint taken after an
-evaluation remembers the file lengths with its rows in them.
+Order matters and is fixed in `sovit.lit.engine`: average, watch, log, evaluate, then save, so that a checkpoint taken
+after an evaluation remembers the growing files with its rows in them.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from sovit import records
+from sovit.lit import checkpoints
 from sovit.lit.module import LitClassifier
 from sovit.schedule import Segment
+
+WATCH_EVERY = 25  # steps
 
 
 class Diverged(RuntimeError):
     """Training has left the realm of numbers; the message says when."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Stopped(RuntimeError):
@@ -62,17 +67,75 @@ class Ema(pl.Callback):
         self._loaded = state_dict
 
 
+class Watch(pl.Callback):
+    """Ends a run that has diverged: every 25 steps, before every evaluation and at the end of a segment.
+
+    These steps follow from the configuration alone, never from the clock or from what is logged, so a run that was
+    stopped and resumed diverges at the same step as one that was not. Diverged is a loss, gradient or parameter that is
+    not finite, or a loss of more than ``above`` times that of the run's first step. Half precision with a loss scale
+    (``scaled``) meets infinite gradients as a matter of course and skips the step.
+    """
+
+    def __init__(self, segment: Segment, *, above: float | None, scaled: bool) -> None:
+        self.segment, self.above, self.scaled = segment, above, scaled
+        self._first: torch.Tensor | float | None = None  # loss of the run's first step; a float costs a GPU a wait
+        self._loss: torch.Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self._loss = outputs["loss"]
+        if self._first is None:
+            self._first = self._loss
+        if step % WATCH_EVERY == 0 or step in self.segment.evaluate_at or step == self.segment.stop:
+            why = self.complaint(pl_module)
+            if why:
+                raise Diverged(f"{why} at step {step}", step)
+
+    @torch.no_grad()
+    def complaint(self, module: pl.LightningModule) -> str | None:
+        """What speaks against the state after the last step, or None."""
+        assert isinstance(module, LitClassifier) and self._loss is not None and self._first is not None
+        weights = torch.stack(torch._foreach_norm(module.trained, math.inf)).amax()
+        found = [self._loss.float(), weights.float(), module.gradient_norm().float()]
+        loss, largest, gradient = torch.stack(found).tolist()  # one wait for the GPU
+        self._first = first = float(self._first)
+        if not math.isfinite(loss):
+            return f"training loss is {loss}"
+        if not math.isfinite(gradient) and not self.scaled:
+            return f"gradient norm is {gradient}"
+        if not math.isfinite(largest):
+            return "a parameter is not finite"
+        if self.above is not None and loss > self.above * first:
+            return f"training loss is {loss:.4g}, above {self.above:g} times the {first:.4g} of the first step,"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._first is None else {"first_loss": float(self._first)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._first = state_dict.get("first_loss")
+
+
 class Log(pl.Callback):
-    """Training metrics every n steps, progress about once a second, and an end to runs that diverge.
+    """Training metrics every n steps, and progress about once a second.
 
     ``done`` + the trainer's step counts the steps of all segments, ``total`` is where that ends; the run's wall time
-    counts from ``clock_zero``.
+    counts from ``clock_zero``, a monotonic time.
     """
 
     def __init__(
-        self, directory: Path, *, every: int, batch_size: int, done: int, total: int, clock_zero: float
+        self,
+        growing: records.GrowingFiles,
+        *,
+        every: int,
+        batch_size: int,
+        done: int,
+        total: int,
+        clock_zero: float,
     ) -> None:
-        self.directory, self.every, self.batch_size = directory, every, batch_size
+        self.growing, self.every, self.batch_size = growing, every, batch_size
         self.done, self.total, self.clock_zero = done, total, clock_zero
         self._mark = (0.0, 0)  # time and step of the last progress note
 
@@ -85,12 +148,13 @@ class Log(pl.Callback):
         assert isinstance(pl_module, LitClassifier)
         step, now = trainer.global_step, time.monotonic()
         if step % self.every == 0 or step == trainer.max_steps:
-            loss = float(outputs["loss"])
-            if not math.isfinite(loss):
-                raise Diverged(f"training loss is {loss} at step {step}")
-            metrics = {"train/loss": loss, "train/lr_scale": pl_module.lr_scale(step - 1)}
+            metrics = {"train/loss": float(outputs["loss"]), "train/lr_scale": pl_module.lr_scale(step - 1)}
             if pl_module.grad_norm is not None:
                 metrics["train/grad_norm"] = float(pl_module.grad_norm)
+            # JSON has no word for a number that is none. What hangs on the clock is not written at all, so that two runs
+            # of one cell leave the same file.
+            row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+            self.growing.append(records.METRICS, [{"step": step, **row}])
             if now > self._mark[0] and step > self._mark[1]:
                 metrics["perf/images_per_s"] = self._rate(now, step)
             for logger in trainer.loggers:
@@ -102,7 +166,8 @@ class Log(pl.Callback):
                 "images_per_s": self._rate(now, step),
                 "wall_s": round(now - self.clock_zero, 2),
             }
-            records.write_json(self.directory / records.PROGRESS, progress)
+            self.growing.check()
+            records.write_json(self.growing.directory / records.PROGRESS, progress)
             self._mark = (now, step)
 
     def _rate(self, now: float, step: int) -> float:
@@ -143,22 +208,23 @@ class Evaluate(pl.Callback):
 class Resume(pl.Callback):
     """Resume points: after every evaluation, every so many seconds, at the end of the segment, and on a stop signal.
 
-    A checkpoint is written beside its place and moved there in one step. It carries the segment, the configuration's
-    hash, the lengths of the growing files and the state of torch's random generator.
+    A point carries the configuration's hash, the marks of the growing files and the state of torch's random generator.
+    A state that `Watch` complains about is not saved, so the newest point is a good one whenever the run diverges.
     """
 
     def __init__(
         self,
-        directory: Path,
-        segment: Segment,
+        growing: records.GrowingFiles,
+        plan: Sequence[Segment],
         index: int,
         *,
+        watch: Watch,
         config_hash: str,
         every_s: float,
         stop_requested: Callable[[], bool],
     ) -> None:
-        self.directory, self.segment, self.index, self.config_hash = directory, segment, index, config_hash
-        self.every_s, self.stop_requested = every_s, stop_requested
+        self.growing, self.plan, self.index, self.watch = growing, plan, index, watch
+        self.config_hash, self.every_s, self.stop_requested = config_hash, every_s, stop_requested
         self._saved_at = time.monotonic()
         self._rng: torch.Tensor | None = None
 
@@ -167,37 +233,36 @@ class Resume(pl.Callback):
             torch.set_rng_state(self._rng)
             self._rng = None
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        step = trainer.global_step
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step, segment = trainer.global_step, self.plan[self.index]
         stop = self.stop_requested()
-        if step == self.segment.stop:
-            self._save(trainer, TRUNK if self.segment.kind == "trunk" else LAST)
-        elif stop or step in self.segment.evaluate_at or time.monotonic() - self._saved_at > self.every_s:
-            self._save(trainer, LAST)
+        if (
+            stop
+            or step == segment.stop
+            or step in segment.evaluate_at
+            or time.monotonic() - self._saved_at > self.every_s
+        ) and self.watch.complaint(pl_module) is None:
+            self._save(trainer, checkpoints.ResumePoint(self.index, step))
         if stop:
             raise Stopped(f"stopped by a signal at step {step}")
 
-    def _save(self, trainer: pl.Trainer, name: str) -> None:
-        scratch = self.directory / f".{name}.tmp"
-        trainer.save_checkpoint(scratch)
-        os.replace(scratch, self.directory / name)
+    def _save(self, trainer: pl.Trainer, point: checkpoints.ResumePoint) -> None:
+        directory = self.growing.directory
+        self.growing.sync()  # first: the point remembers them
+        trainer.save_checkpoint(directory / point.name)
+        checkpoints.thin_out(directory, self.plan)
         self._saved_at = time.monotonic()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["sovit"] = {
+        checkpoint[checkpoints.KEY] = {
             "config_hash": self.config_hash,
-            "segment": self.index,
-            "step": trainer.global_step,
-            "lengths": records.lengths(self.directory),
+            "marks": dict(self.growing.marks),
             "rng": torch.get_rng_state(),
         }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._rng = checkpoint["sovit"]["rng"]
-
-
-LAST, TRUNK = "last.ckpt", "trunk.ckpt"
+        self._rng = checkpoint[checkpoints.KEY]["rng"]

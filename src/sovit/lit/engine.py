@@ -1,46 +1,50 @@
 """Runs one cell from its configuration to its records, from wherever an earlier process left it.
 
 A run is a list of segments (`sovit.schedule.segments`), each one ``Trainer.fit`` from a checkpoint. The state on disk
-is enough to go on: ``trunk.ckpt`` is where the trunk stands, ``last.ckpt`` the newest point of the segment in progress.
+is enough to go on (`sovit.lit.checkpoints`), whichever moment a process was killed at. Nothing is written without
+asking whether the run is still this process's own (`sovit.claims`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
+import os
+import platform
 import signal
+import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sovit import records, schedule
+from sovit import claims, records, schedule
 from sovit.config import ConfigError, RunConfig, compose, eval_steps, model_geometry, shape_of
 from sovit.data.fractals import fingerprint
-from sovit.data.stream import FewShotSet
-from sovit.fewshot import fewshot_errors, summarise
 from sovit.flops import forward_gflops, num_params
-from sovit.lit.callbacks import LAST, TRUNK, Diverged, Ema, Evaluate, Log, Resume, Stopped
-from sovit.lit.data import FractalData, fewshot_sets, world_of
-from sovit.lit.loggers import finish, make_loggers
+from sovit.launch.pay.hardware import hardware
+from sovit.lit import checkpoints
+from sovit.lit.callbacks import Diverged, Ema, Evaluate, Log, Resume, Stopped, Watch
+from sovit.lit.data import FractalData, world_of
+from sovit.lit.evaluation import Evaluation
+from sovit.lit.loggers import MetricsFile, finish, make_loggers
 from sovit.lit.module import LOSSES, LitClassifier
-from sovit.models.vit import build_vit, features
+from sovit.models.vit import build_vit
 from sovit.optim import build_optimizer
 
 # Exit codes of a cell.
 OK, ERROR, DIVERGED, STOPPED, LOCKED = 0, 1, 3, 75, 76
-EVAL_BATCH = 1024
-
-# The segments of the run, which of them comes next, and the checkpoint inside it if it was begun.
-Position = tuple[list[schedule.Segment], int, Path | None]
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and other products
 
@@ -51,37 +55,51 @@ def run_cell(overrides: Sequence[str]) -> int:
 
 
 def run(cfg: RunConfig) -> int:
-    """Run one cell to its end, or on from where it stood. Raises ConfigError if another cell's records are in its place."""
+    """Run one cell to its end, or on from where it stood; the exit code says how it ended.
+
+    Raises ConfigError if another cell's records are in its place, or its record cannot be read.
+    """
     directory = records.run_dir(cfg)
     try:
-        with records.lock(directory):
-            return _run_locked(cfg, directory)
-    except records.Locked as error:
-        print(error)
+        with claims.hold(directory, say=_say) as claim:
+            return _run_held(cfg, directory, claim)
+    except (claims.Held, claims.Lost) as error:
+        _say(str(error))
         return LOCKED
+    except OSError as error:
+        code, reason = _obstacle(error) or _raise(error)
+        _say(f"{directory.name}: {reason}")
+        return code
 
 
-def _run_locked(cfg: RunConfig, directory: Path) -> int:
-    found = records.read_run(directory)
-    if found and found["config_hash"] != records.config_hash(cfg):
-        raise ConfigError(
-            f"{directory} holds a run of another configuration ({found['config_hash']}, not {records.config_hash(cfg)}); "
-            f"choose another name or tag, or delete it."
-        )
-    if found and found["status"] == records.DONE:
-        print(f"{directory.name} is done already.")
-        return OK
-    position = _position(cfg, directory)
+def _run_held(cfg: RunConfig, directory: Path, claim: claims.Claim) -> int:
+    found = _found(cfg, directory)
+    if found.get("status") == records.DONE:
+        broken = records.broken_seal(directory, found)
+        if broken is None:
+            checkpoints.delete(directory, keep_newest=cfg.trainer.keep_checkpoint)  # if a kill came after the done mark
+            print(f"{directory.name} is done already.")
+            return OK
+        print(f"{directory.name} was done, but {broken}; it is trained again.")
+    claim.check()
+    plan = schedule.segments(list(eval_steps(cfg)), cfg.eval.weights, cfg.schedule.cooldown)  # type: ignore[arg-type]
+    point, state = checkpoints.begin(directory, plan, records.config_hash(cfg))
+    growing = records.GrowingFiles(directory, state.get("marks"), claim.check)
+    if point is not None:
+        print(f"Going on from step {point.step} of segment {point.segment + 1} of {len(plan)}.")
     torch.set_num_threads(cfg.trainer.num_threads)
     started = time.monotonic()
     record = _new_record(cfg, directory, found)
-    records.write_json(directory / records.RUN, record)
+    claim.check()
+    records.write_json(directory / records.RUN, record, durable=True)
 
-    loggers = make_loggers(cfg, directory)
+    # The rows of metrics.jsonl are written by the Log callback, which knows where they end.
+    loggers = [logger for logger in make_loggers(cfg, directory) if not isinstance(logger, MetricsFile)]
+    work = _Work(cfg, plan, growing, loggers, started - record["wall_s"])
     code, reason = ERROR, None
     try:
         with _stop_on_signals() as stop_requested:
-            record |= _train(cfg, directory, position, loggers, stop_requested, started - record["wall_s"])
+            record |= _train(work, point, stop_requested)
         code = OK
     except Stopped as error:
         code, reason = STOPPED, str(error)
@@ -89,22 +107,81 @@ def _run_locked(cfg: RunConfig, directory: Path) -> int:
         code, reason = STOPPED, "stopped by a signal"
     except Diverged as error:
         code, reason = DIVERGED, str(error)
+        record["diverged_step"] = error.step
+    except checkpoints.Unusable as error:  # since this process began; the next one goes back further
+        code, reason = STOPPED, f"a resume point is unusable: {error}"
+    except claims.Lost:
+        finish(loggers, LOCKED)
+        raise
     except Exception as error:  # a failed cell is a state of the sweep, not the end of it
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        found_obstacle = _obstacle(error)
+        if found_obstacle is None:
+            _say(traceback.format_exc().rstrip(), sys.stderr)
+        code, reason = found_obstacle or (ERROR, f"{type(error).__name__}: {error}".splitlines()[0])
     status = {OK: records.DONE, DIVERGED: records.DIVERGED, STOPPED: records.RUNNING, ERROR: records.FAILED}[code]
     record |= {"status": status, "reason": reason, "wall_s": round(record["wall_s"] + time.monotonic() - started, 2)}
-    records.write_json(directory / records.RUN, record)
+    try:
+        claim.check()
+        records.write_json(directory / records.RUN, record, durable=True)
+    except OSError as error:  # the record stays as it was: the run is not over
+        code, reason = _obstacle(error) or _raise(error)
+        status = records.RUNNING
     finish(loggers, code)  # after the record: uploading must not keep a run from being done
-    if code == OK and not cfg.trainer.keep_checkpoint:
-        for name in (LAST, TRUNK):
-            (directory / name).unlink(missing_ok=True)
-    print(f"{directory.name}: {status}{f' ({reason})' if reason else ''}")
+    if code == OK:
+        checkpoints.delete(directory, keep_newest=cfg.trainer.keep_checkpoint)
+    _say(f"{directory.name}: {status}{f' ({reason})' if reason else ''}")
     return code
 
 
-def _new_record(cfg: RunConfig, directory: Path, found: dict[str, Any] | None) -> dict[str, Any]:
+def _found(cfg: RunConfig, directory: Path) -> dict[str, Any]:
+    """The record of what earlier processes have done, or {}. Raises ConfigError if it is another run's."""
+    try:
+        found = records.read_run(directory) or {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    ours = records.config_hash(cfg)
+    if found and found.get("config_hash") != ours:
+        raise ConfigError(
+            f"{directory} holds a run of another configuration ({found.get('config_hash')}, not {ours}); "
+            f"choose another name or tag, or delete it."
+        )
+    return found
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
+def _obstacle(error: Exception) -> tuple[int, str] | None:
+    """(exit code, what to do) if it is the disk that stands in the way, not the program; else None."""
+    if not isinstance(error, OSError):
+        return None
+    name = error.filename or "its log"
+    if error.errno in NO_SPACE:
+        return STOPPED, f"{name} could not be written ({error.strerror}): free some space; the same command goes on."
+    if error.errno in NO_ACCESS:
+        return ERROR, f"{name} cannot be written ({error.strerror}): make it writable, or give another runs_dir."
+    return None
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def _say(text: str, file: Any = None) -> None:
+    """Print even where the log lies on a full disk: then nowhere, now and at the end of the process."""
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
+
+
+def _new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[str, Any]:
     shape = shape_of(cfg)
+    noted = (found.get("wall_s"), (records.read_progress(directory) or {}).get("wall_s"))
     return {
         "schema": records.SCHEMA,
         "run_id": directory.name,
@@ -120,107 +197,120 @@ def _new_record(cfg: RunConfig, directory: Path, found: dict[str, Any] | None) -
         "lock_sha256": records.lock_hash(),
         "data_fingerprint": fingerprint(world_of(cfg)),
         "torch_version": torch.__version__,
-        "wall_s": max(found["wall_s"] if found else 0.0, (records.read_progress(directory) or {}).get("wall_s", 0.0)),
+        "machine": _machine(cfg),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "wall_s": max([0.0, *(seconds for seconds in noted if isinstance(seconds, int | float))]),
         "config": dataclasses.asdict(cfg),
     }
 
 
-def _train(
-    cfg: RunConfig,
-    directory: Path,
-    position: Position,
-    loggers: list[Logger],
-    stop_requested: Any,
-    clock_zero: float,
-) -> dict[str, Any]:
-    """Train and evaluate every segment; returns what the run's record has to say about it.
+# What decides, beside the configuration, in which order or precision a machine adds: kept to explain two runs that differ.
+ENVIRONMENT = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_MAX_CPU_ISA",
+    "KMP_AFFINITY",
+    "MKL_CBWR",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
-    ``clock_zero``: the time at which the run would have started had no time passed between its processes.
-    """
-    plan, first, checkpoint = position
-    evaluation = Evaluation(cfg, directory, loggers)
-    total = schedule.steps_trained(plan)
-    trained, seconds = 0, 0.0
-    for index in range(first, len(plan)):
-        segment = plan[index]
-        trunk = directory / TRUNK
-        begin = checkpoint if index == first and checkpoint else trunk if trunk.exists() else None
-        done = schedule.steps_trained(plan[:index]) - segment.start  # so that done + global_step counts all steps
-        before = time.monotonic()
-        progress = {"done": done, "total": total, "clock_zero": clock_zero}
-        trained += _fit(cfg, directory, segment, index, begin, progress, loggers, evaluation, stop_requested)
-        seconds += time.monotonic() - before
-    rate = trained * cfg.trainer.global_batch_size / seconds if seconds else None
+
+def _machine(cfg: RunConfig) -> dict[str, Any]:
+    """The processor and the versions that a number can depend on in its last digits."""
+    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return {
-        "baselines": evaluation.baselines(),
-        "steps_trained": total,
-        "images_per_s": round(rate, 1) if rate else None,
+        **hardware("gpu" if gpu else "cpu"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda if gpu else None,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "lightning": pl.__version__,
     }
 
 
-def _position(cfg: RunConfig, directory: Path) -> Position:
-    """Where to go on, from what lies in the directory; cuts the growing files back to it.
+class _Work(NamedTuple):
+    """What the segments of a run share. The run would have begun at ``clock_zero`` had its processes left no gaps."""
 
-    Raises ConfigError if a checkpoint belongs to another configuration.
-    """
-    plan = schedule.segments(list(eval_steps(cfg)), cfg.eval.weights, cfg.schedule.cooldown)  # type: ignore[arg-type]
-    found = []
-    for name in (LAST, TRUNK):
-        path = directory / name
-        if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)["sovit"]
-            if state["config_hash"] != records.config_hash(cfg):
-                raise ConfigError(f"{path} belongs to another configuration; choose another name or tag, or delete it.")
-            found.append((state["segment"], state["step"], path, state["lengths"]))
-    if not found:
-        records.cut_back(directory, {name: 0 for name in records.lengths(directory)})
-        return plan, 0, None
-    index, step, path, lengths = max(found)
-    records.cut_back(directory, lengths)
-    print(f"Going on from step {step} of segment {index + 1} of {len(plan)}.")
-    return (plan, index + 1, None) if step == plan[index].stop else (plan, index, path)
+    cfg: RunConfig
+    plan: list[schedule.Segment]
+    growing: records.GrowingFiles
+    loggers: list[Logger]
+    clock_zero: float
+
+
+def _train(work: _Work, point: checkpoints.ResumePoint | None, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+    """Train and evaluate every segment from a resume point on; returns what the run's record has to say about it."""
+    cfg, plan, directory = work.cfg, work.plan, work.growing.directory
+    evaluation = Evaluation(cfg, work.growing, work.loggers)
+    first = 0 if point is None else point.segment
+    if point is not None and point.step == plan[first].stop:
+        first, point = first + 1, None
+    trained, seconds = 0, 0.0
+    for index in range(first, len(plan)):
+        begin = point if index == first and point else checkpoints.origin(plan, index)
+        before = time.monotonic()
+        trained += _fit(work, index, begin, evaluation, stop_requested)
+        seconds += time.monotonic() - before
+    work.growing.sync()
+    foreign = work.growing.foreign()
+    if foreign:
+        raise checkpoints.Unusable(f"{foreign}; the same command repeats what is wrong")
+    rate = trained * cfg.trainer.global_batch_size / seconds if seconds else None
+    return {
+        "baselines": evaluation.baselines(),
+        "steps_trained": schedule.steps_trained(plan),
+        "images_per_s": round(rate, 1) if rate else (records.read_progress(directory) or {}).get("images_per_s"),
+        **records.seal(directory),
+    }
 
 
 def _fit(
-    cfg: RunConfig,
-    directory: Path,
-    segment: schedule.Segment,
+    work: _Work,
     index: int,
-    checkpoint: Path | None,
-    progress: dict[str, Any],
-    loggers: list[Logger],
+    begin: checkpoints.ResumePoint | None,
     evaluation: Evaluation,
-    stop_requested: Any,
+    stop_requested: Callable[[], bool],
 ) -> int:
-    """Train one segment from a checkpoint (None: from the random initialisation); returns the steps this took."""
+    """Train one segment from a resume point (None: the random initialisation); returns the steps this took."""
+    cfg, growing, segment = work.cfg, work.growing, work.plan[index]
     pl.seed_everything(cfg.seed, verbose=False)
     module = build_module(cfg, segment)
     ema = Ema(cfg.eval.ema_horizon) if cfg.eval.weights == "ema" else None
+    watch = Watch(segment, above=cfg.optim.diverged_above, scaled=cfg.trainer.precision == "16-mixed")
     callbacks = [
         *([ema] if ema else []),
+        watch,
         Log(
-            directory,
+            growing,
             every=cfg.trainer.log_every_n_steps,
             batch_size=cfg.trainer.global_batch_size,
-            **progress,
+            done=schedule.steps_trained(work.plan[:index]) - segment.start,  # done + global_step counts all steps
+            total=schedule.steps_trained(work.plan),
+            clock_zero=work.clock_zero,
         ),
         Evaluate(segment, evaluation, ema, at_start=index == 0),
         Resume(
-            directory,
-            segment,
+            growing,
+            work.plan,
             index,
+            watch=watch,
             config_hash=records.config_hash(cfg),
             every_s=cfg.trainer.checkpoint_every_s,
             stop_requested=stop_requested,
         ),
     ]
-    before = torch.load(checkpoint, map_location="cpu", weights_only=True)["sovit"]["step"] if checkpoint else 0
     with warnings.catch_warnings():
         # The first two are meant: batches are rendered in this process, and a resume inside an epoch is exact here (the
         # position in the data is a function of the step). The third is between Lightning 2.6 and torch.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*You're resuming from a checkpoint that ended before the epoch ended.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+        warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # a machine with Slurm, not used here
         trainer = pl.Trainer(
             accelerator=cfg.trainer.accelerator,
             devices=1,
@@ -228,8 +318,10 @@ def _fit(
             max_steps=segment.stop,
             max_epochs=-1,
             callbacks=callbacks,
-            logger=loggers,
-            default_root_dir=directory,
+            logger=work.loggers or False,
+            # One process a cell: a Slurm that Lightning detects would be asked for ranks, and requeued behind our back.
+            plugins=[checkpoints.CheckpointFiles(growing.check), LightningEnvironment()],
+            default_root_dir=growing.directory,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -237,8 +329,9 @@ def _fit(
             log_every_n_steps=1,  # not used: the Log callback decides
             use_distributed_sampler=False,
         )
-        trainer.fit(module, FractalData(cfg, segment.stop), ckpt_path=checkpoint, weights_only=True)
-    return trainer.global_step - before
+        path = growing.directory / begin.name if begin else None
+        trainer.fit(module, FractalData(cfg, segment.stop), ckpt_path=path, weights_only=True)
+    return trainer.global_step - (begin.step if begin else 0)
 
 
 def build_model(cfg: RunConfig) -> torch.nn.Module:
@@ -287,85 +380,6 @@ def build_module(cfg: RunConfig, segment: schedule.Segment) -> LitClassifier:
     return LitClassifier(
         model, loss=LOSSES[optim.loss], optimizer=optimizer, lr_scale=lr_scale, clip_norm=optim.clip_norm
     )
-
-
-class Evaluation:
-    """Few-shot evaluation of a model on every target; appends its rows to ``evals.jsonl`` and tells the loggers."""
-
-    def __init__(self, cfg: RunConfig, directory: Path, loggers: list[Logger]) -> None:
-        self.cfg, self.directory, self.loggers = cfg, directory, loggers
-        self.durations = {0: "init", **eval_steps(cfg)}
-        self.targets = fewshot_sets(cfg)
-        shape = shape_of(cfg)
-        self.gflops = forward_gflops(shape, **model_geometry(cfg))
-        self.fields = {
-            "schema": records.SCHEMA,
-            "run_id": directory.name,
-            "sweep": cfg.name,
-            **shape.as_dict(),
-            "image_size": cfg.model.image_size,
-            "seed": cfg.seed,
-        }
-
-    def __call__(self, model: torch.nn.Module, step: int, weights: str) -> None:
-        """Raises Diverged if the features are not finite."""
-        examples = step * self.cfg.trainer.global_batch_size
-        compute = examples * self.gflops
-        rows: list[dict[str, Any]] = []
-        metrics: dict[str, float] = {"t_gflops": compute, "examples_seen": examples}
-        for target in self.targets:
-            train, test = (extract(model, images) for images in (target.train_images, target.test_images))
-            if not (train.isfinite().all() and test.isfinite().all()):
-                raise Diverged(f"features are not finite at step {step}")
-            found = self._errors(target, train, test)
-            for row in found:
-                rows.append(
-                    {
-                        **self.fields,
-                        "step": step,
-                        "examples_seen": examples,
-                        "forward_gflops": self.gflops,
-                        "t_gflops": compute,
-                        "duration": self.durations[step],
-                        "weights": weights,
-                        "dataset": target.name,
-                        **dataclasses.asdict(row),
-                    }
-                )
-            for summary in summarise(found):
-                metrics[f"eval/{target.name}_{summary.shots}shot/error"] = summary.error
-        records.append_lines(self.directory / records.EVALS, rows)
-        for logger in self.loggers[1:]:  # not the local file: the rows above are the local record
-            logger.log_metrics(metrics, step)
-
-    def baselines(self) -> dict[str, Any]:
-        """What an error must beat: chance, and the same ridge regression on raw pixels, per data set and shots."""
-        found = {}
-        for target in self.targets:
-            train, test = (images.flatten(1) for images in (target.train_images, target.test_images))
-            pixels = {str(row.shots): row.error for row in summarise(self._errors(target, train, test))}
-            found[target.name] = {"chance": 1 - 1 / target.num_classes, "pixels": pixels}
-        return found
-
-    def _errors(self, target: FewShotSet, train: torch.Tensor, test: torch.Tensor) -> list[Any]:
-        return fewshot_errors(
-            train,
-            target.train_labels,
-            test,
-            target.test_labels,
-            target.num_classes,
-            shots=self.cfg.eval.shots,
-            num_draws=self.cfg.eval.num_draws,
-            l2=self.cfg.eval.l2_reg,  # type: ignore[arg-type]
-        )
-
-
-@torch.no_grad()
-def extract(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Pre-logits (N, width) of images (N, channels, size, size), in batches, as float32 on the CPU."""
-    device = next(model.parameters()).device
-    parts = [features(model, batch.to(device)).float().cpu() for batch in images.split(EVAL_BATCH)]  # type: ignore[arg-type]
-    return torch.cat(parts)
 
 
 @contextlib.contextmanager

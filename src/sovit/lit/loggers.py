@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import netrc
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 from sovit import records
 from sovit.config import RunConfig, model_geometry, shape_of
 from sovit.flops import forward_gflops
-
-FINISH_TIMEOUT_S = 60  # how long a finished cell waits for its upload; what is left over is in the offline files
+from sovit.launch.wandb import run as wandb_run
 
 
 class MetricsFile(Logger):
@@ -35,7 +33,7 @@ class MetricsFile(Logger):
     def version(self) -> str:
         return self._directory.name
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # What hangs on the clock is not written, so that two runs of one cell leave the same file.
         kept = {key: value for key, value in metrics.items() if not key.startswith("perf/")}
         records.append_lines(self._directory / records.METRICS, [{"step": step, **kept}])
@@ -44,16 +42,41 @@ class MetricsFile(Logger):
         """The resolved configuration stands in run.json."""
 
 
-class QuietWandb(WandbLogger):
-    """W&B that falls silent, after one line in the log, if its service fails in the middle of a run."""
+class QuietWandb(Logger):
+    """A W&B run that counts its rows, and falls silent after one line in the log if its service fails.
 
-    failed = False
+    A resumed cell makes again the rows since its resume point; their numbers tell W&B that it has them. Rows that are only
+    in the local files (made offline, or lost with a killed process) are sent first.
+    """
+
+    def __init__(self, live: wandb_run.Live) -> None:
+        super().__init__()
+        self.live, self.failed = live, False
+        rows = wandb_run.rows(live.directory)
+        for number, row in enumerate(rows):
+            self._log(number, row)
+        self.num_rows = len(rows)
+
+    @property
+    def name(self) -> str:
+        return self.live.directory.parent.name
+
+    @property
+    def version(self) -> str:
+        return self.live.directory.name
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._log(self.num_rows, (step or 0, dict(metrics)))
+        self.num_rows += 1
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run was started with its configuration."""
+
+    def _log(self, number: int, row: wandb_run.Row) -> None:
         if self.failed:
             return
         try:
-            super().log_metrics(metrics, step)
+            self.live.log(number, row)
         except Exception as error:  # whatever it is, it must not end the run
             self.failed = True
             print(f"W&B stopped taking metrics ({type(error).__name__}: {error}); the local records go on.")
@@ -62,79 +85,64 @@ class QuietWandb(WandbLogger):
 def make_loggers(cfg: RunConfig, directory: Path) -> list[Logger]:
     """The metrics file, and a W&B run unless it is switched off or cannot be had (one warning line, never an error)."""
     loggers: list[Logger] = [MetricsFile(directory)]
-    if cfg.logger.name == "wandb":
-        run = _wandb_run(cfg, directory)
-        if run is not None:
-            loggers.append(QuietWandb(experiment=run))
+    if cfg.logger.name == "wandb" and os.environ.get("WANDB_MODE") != "disabled":
+        try:
+            live = _start(cfg, directory)
+        except Exception as error:  # W&B must never stop a run, whatever it raises
+            print(f"W&B could not start ({type(error).__name__}: {error}); the local records go on.")
+        else:
+            loggers += [QuietWandb(live)] if live is not None else []
     return loggers
 
 
-def _wandb_run(cfg: RunConfig, directory: Path) -> Any:
+def _start(cfg: RunConfig, directory: Path) -> wandb_run.Live | None:
+    """Continue or begin the cell's run at W&B; None if it cannot be had, which is no reason not to train."""
+    shape = shape_of(cfg)
+    agent = "WANDB_SWEEP_ID" in os.environ
+    default = wandb_run.Identity(
+        f"{records.run_id(cfg)}-{records.config_hash(cfg)}", cfg.logger.entity, cfg.logger.project
+    )
+    identity = wandb_run.identify(directory, default)
+    told = wandb_run.about(
+        records.run_id(cfg), shape, forward_gflops(shape, **model_geometry(cfg)), dataclasses.asdict(cfg)
+    )
+    mode = _mode(cfg, agent)
     try:
-        import wandb
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # wandb's own deprecations are not the user's business
+            live = wandb_run.start(identity, told, directory, mode=mode, timeout=cfg.logger.init_timeout_s)
     except ImportError:
         print("W&B is not installed; the local records are written all the same.")
         return None
-    shape = shape_of(cfg)
-    config = {
-        **shape.as_dict(),
-        "shape": str(shape),
-        "seed": cfg.seed,
-        "forward_gflops": forward_gflops(shape, **model_geometry(cfg)),
-        "cfg": dataclasses.asdict(cfg),  # under one key: a sweep locks the keys it sets itself
-    }
-    under_agent = "WANDB_SWEEP_ID" in os.environ  # an agent has chosen the id
-    online = cfg.logger.mode == "online" or (cfg.logger.mode == "auto" and (under_agent or logged_in()))
-    for mode in ("online", "offline") if online else ("offline",):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # wandb's own deprecations are not the user's business
-                run = wandb.init(
-                    project=cfg.logger.project,
-                    entity=cfg.logger.entity,
-                    id=None if under_agent else f"{records.run_id(cfg)}-{records.config_hash(cfg)}",
-                    name=records.run_id(cfg),
-                    group=cfg.name,
-                    tags=[cfg.name, f"seed{cfg.seed}"],
-                    config=config,
-                    dir=directory,
-                    mode=mode,
-                    resume="allow",
-                    settings=wandb.Settings(
-                        init_timeout=cfg.logger.init_timeout_s,
-                        finish_timeout=FINISH_TIMEOUT_S,
-                        finish_timeout_raises=False,
-                        console="off",
-                        silent=True,
-                        x_disable_stats=True,
-                    ),
-                )
-            run.define_metric("t_gflops")
-            run.define_metric("eval/*", step_metric="t_gflops")
-            return run
-        except Exception as error:  # W&B must never stop a run, whatever it raises
-            print(f"W&B could not start {mode} ({type(error).__name__}: {error}); the local records go on.")
-    return None
+    except Exception as error:
+        print(
+            f"W&B could not start {mode} ({type(error).__name__}: {wandb_run.reason(error)}); the local records go on, and "
+            f"`sovit wandb push {directory.parent}` sends them."
+        )
+        return None
+    if mode == "online":  # names that the server has filled in, for whoever continues or sends this run
+        wandb_run.note(directory, replace(identity, entity=live.run.entity, project=live.run.project))
+    return live
 
 
-def logged_in() -> bool:
-    """Whether W&B has an API key, looked up the way its client does but without ever prompting."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def _mode(cfg: RunConfig, under_agent: bool) -> str:
+    """Online when logged in, else offline. WANDB_MODE=offline is a machine's wish and stands above the configuration."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("offline", "dryrun") or cfg.logger.mode == "offline":
+        return "offline"
+    wanted = cfg.logger.mode == "online" or mode == "online" or under_agent or wandb_run.logged_in()
+    return "online" if wanted else "offline"
 
 
 def finish(loggers: list[Logger], exit_code: int) -> None:
-    """Close the W&B run, if there is one, with the exit code the process is about to end with."""
+    """Close the W&B run, if there is one, with the exit code the process is about to end with. Bounded; never raises."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, QuietWandb):
             try:
-                logger.experiment.finish(exit_code=exit_code)
+                logger.live.close(exit_code)
             except Exception as error:  # as above
-                print(f"W&B could not finish ({type(error).__name__}: {error}); the local records are complete.")
+                sweep = logger.live.directory.parent
+                print(
+                    f"W&B does not have everything of this run ({type(error).__name__}: {wandb_run.reason(error)}); the "
+                    f"local records are complete, and `sovit wandb push {sweep}` sends the rest."
+                )

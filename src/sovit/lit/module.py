@@ -44,7 +44,9 @@ class LitClassifier(pl.LightningModule):
         self.lr_scale = lr_scale
         self.clip_norm = clip_norm
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
-        self._trained = [p for p in model.parameters() if p.requires_grad]  # walking the modules costs 0.2 ms a step
+        self.trained: list[Tensor] = [
+            p for p in model.parameters() if p.requires_grad
+        ]  # walking the modules costs 0.2 ms a step
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -56,4 +58,10 @@ class LitClassifier(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if self.clip_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(self._trained, self.clip_norm)
+            self.grad_norm = nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the last step's gradients, before clipping; computed here if nothing is clipped."""
+        if self.grad_norm is not None:
+            return self.grad_norm
+        return nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])

@@ -91,7 +91,7 @@ class Display:
         )
 
     def started(self, state: CellState) -> None:
-        self.say(self.event("start", "", state, "again" if state.attempts > 1 else ""))
+        self.say(self.event("start", "", state, state.reason or ("again" if state.attempts > 1 else "")))
 
     def ended(self, state: CellState, again: bool) -> None:
         took = duration_text(state.ended - state.started)
@@ -104,9 +104,28 @@ class Display:
             tail = f"{took:>11}  " + ("trying again: " if again else "") + state.reason
         self.say(self.event(state.state, STYLES[state.state], state, tail))
 
+    def elsewhere(self, state: CellState) -> None:
+        """What became of a cell that this runner did not run, or not to its end."""
+        tail = state.reason
+        if state.state == DONE:
+            error = last_error(state.cell.run_dir, *self.metric)
+            tail = "by another runner" + ("" if error is None else f"  error {error:.3f}")
+        word = "free" if state.state == WAITING else state.state
+        self.say(self.event(word, STYLES.get(state.state, ""), state, tail))
+
+    def repeats(self, state: CellState) -> None:
+        """That a cell is a retry, and of what."""
+        if state.repeats is not None:
+            self.say(
+                f"retry     {self.label(state)}  repeats {self.label(state.repeats)}, which diverged at optim.lr "
+                f"{state.repeats.cell.config.optim.lr:g}, at {state.cell.config.optim.lr:g}"
+            )
+
     def event(self, word: str, style: str, state: CellState, tail: str) -> Text:
         width = max(len(self.label(other)) for other in self.states)
-        return Text.assemble((f"{word:<8}  ", style), f"{self.label(state):<{width}}", f"  {tail}".rstrip())
+        text = Text.assemble((f"{word:<8}  ", style), f"{self.label(state):<{width}}  {tail}")
+        text.rstrip()
+        return text
 
     def refresh(self) -> None:
         if time.monotonic() - self.last_summary >= SUMMARY_EVERY_S:

@@ -1,0 +1,1 @@
+"""The cells of a sweep on this machine: a process each, every cell exactly once."""

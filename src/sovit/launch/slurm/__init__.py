@@ -1,0 +1,1 @@
+"""The cells of a sweep as a Slurm job array."""

@@ -1,0 +1,1 @@
+"""Sweeps through W&B, and records sent there or fetched from there."""

@@ -1,0 +1,1 @@
+"""Where a sweep stands, also while it runs: `sovit status`."""

@@ -1,0 +1,100 @@
+"""Few-shot evaluation of a model in training: from its features on every target to rows of ``evals.jsonl``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+
+from sovit import records
+from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
+from sovit.data.stream import FewShotSet
+from sovit.fewshot import fewshot_errors, summarise
+from sovit.flops import forward_gflops
+from sovit.lit.callbacks import Diverged
+from sovit.lit.data import fewshot_sets
+from sovit.models.vit import features
+
+EVAL_BATCH = 1024
+
+
+class Evaluation:
+    """Few-shot evaluation of a model on every target; appends its rows to ``evals.jsonl`` and tells the loggers."""
+
+    def __init__(self, cfg: RunConfig, growing: records.GrowingFiles, loggers: Sequence[Logger]) -> None:
+        self.cfg, self.growing, self.loggers = cfg, growing, loggers
+        self.durations = {0: "init", **eval_steps(cfg)}
+        self.targets = fewshot_sets(cfg)
+        shape = shape_of(cfg)
+        self.gflops = forward_gflops(shape, **model_geometry(cfg))
+        self.fields = {
+            "schema": records.SCHEMA,
+            "run_id": growing.directory.name,
+            "sweep": cfg.name,
+            **shape.as_dict(),
+            "image_size": cfg.model.image_size,
+            "seed": cfg.seed,
+        }
+
+    def __call__(self, model: torch.nn.Module, step: int, weights: str) -> None:
+        """Raises Diverged if the features are not finite."""
+        examples = step * self.cfg.trainer.global_batch_size
+        compute = examples * self.gflops
+        rows: list[dict[str, Any]] = []
+        metrics: dict[str, float] = {"t_gflops": compute, "examples_seen": examples}
+        for target in self.targets:
+            train, test = (extract(model, images) for images in (target.train_images, target.test_images))
+            if not (train.isfinite().all() and test.isfinite().all()):
+                raise Diverged(f"features are not finite at step {step}", step)
+            found = self._errors(target, train, test)
+            for row in found:
+                rows.append(
+                    {
+                        **self.fields,
+                        "step": step,
+                        "examples_seen": examples,
+                        "forward_gflops": self.gflops,
+                        "t_gflops": compute,
+                        "duration": self.durations[step],
+                        "weights": weights,
+                        "dataset": target.name,
+                        **dataclasses.asdict(row),
+                    }
+                )
+            for summary in summarise(found):
+                metrics[f"eval/{target.name}_{summary.shots}shot/error"] = summary.error
+        self.growing.append(records.EVALS, rows)
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step)
+
+    def baselines(self) -> dict[str, Any]:
+        """What an error must beat: chance, and the same ridge regression on raw pixels, per data set and shots."""
+        found = {}
+        for target in self.targets:
+            train, test = (images.flatten(1) for images in (target.train_images, target.test_images))
+            pixels = {str(row.shots): row.error for row in summarise(self._errors(target, train, test))}
+            found[target.name] = {"chance": 1 - 1 / target.num_classes, "pixels": pixels}
+        return found
+
+    def _errors(self, target: FewShotSet, train: torch.Tensor, test: torch.Tensor) -> list[Any]:
+        return fewshot_errors(
+            train,
+            target.train_labels,
+            test,
+            target.test_labels,
+            target.num_classes,
+            shots=self.cfg.eval.shots,
+            num_draws=self.cfg.eval.num_draws,
+            l2=self.cfg.eval.l2_reg,  # type: ignore[arg-type]
+        )
+
+
+@torch.no_grad()
+def extract(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Pre-logits (N, width) of images (N, channels, size, size), in batches, as float32 on the CPU."""
+    device = next(model.parameters()).device
+    parts = [features(model, batch.to(device)).float().cpu() for batch in images.split(EVAL_BATCH)]  # type: ignore[arg-type]
+    return torch.cat(parts)
