@@ -53,11 +53,11 @@ def test_the_smoke_star_survives_a_kill_and_is_fitted(tmp_path: Path) -> None:
     run = ("run", "sweeps/star_smoke.yaml", f"runs_dir={tmp_path}", "logger=none")
     killed = sovit(*run)
     deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("star_smoke/*/last.ckpt")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("star_smoke/*/segment*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    begun = [path.parent for path in tmp_path.glob("star_smoke/*/last.ckpt")]
+    begun = [path.parent for path in tmp_path.glob("star_smoke/*/segment*.ckpt")]
     assert begun, "no cell was in the middle of its training"
 
     assert "all 7 cells are done" in finish(sovit(*run))

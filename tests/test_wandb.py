@@ -5,12 +5,11 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -35,7 +34,7 @@ SMALL = [
     "trainer.global_batch_size=16",
     "trainer.log_every_n_steps=4",
 ]
-LONG = ["durations.values=[20 steps,40 steps,80 steps]", "trainer.checkpoint_every_s=0.01"]
+KEEPING = "trainer.checkpoint_every_s=1e-9"  # a resume point after every step
 AGENT = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "r1"}
 FAST = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
 
@@ -61,7 +60,8 @@ def small(runs_dir: Path, overrides: Iterable[str]) -> list[str]:
     return list(by_key.values())
 
 
-def _cell(overrides: list[str], environment: dict[str, str], log: str, pause_at: int) -> None:
+def _become(environment: dict[str, str], log: str) -> None:
+    """Take over an environment, as far as W&B is concerned, and write to a log."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         del os.environ[name]
     os.environ.update(environment)
@@ -69,6 +69,10 @@ def _cell(overrides: list[str], environment: dict[str, str], log: str, pause_at:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _cell(overrides: list[str], environment: dict[str, str], log: str, pause_at: int) -> None:
+    _become(environment, log)
     from sovit.lit import engine
 
     steps, original = iter(range(1, 10**9)), engine.LitClassifier.training_step
@@ -82,20 +86,19 @@ def _cell(overrides: list[str], environment: dict[str, str], log: str, pause_at:
     sys.exit(engine.run_cell(overrides))
 
 
-CONTEXT = multiprocessing.get_context("forkserver")
+def _process(target: Callable[..., None], *arguments: Any) -> Any:
+    """A process forked from one that has everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sovit.lit.engine", "wandb"])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def begin(runs_dir: Path, environment: dict[str, str], *overrides: str, pause_at: int = 0) -> Any:
-    """A cell in a process of its own, forked from one that has everything imported.
-
-    It waits before a step of its own counting, if told so, until there is a file ``log.go``.
-    """
-    CONTEXT.set_forkserver_preload(["sovit.lit.engine", "wandb"])
+    """A cell in a process of its own. It waits before a step of its own counting, if told so, for a file ``log.go``."""
     runs_dir.mkdir(exist_ok=True)
-    arguments = (small(runs_dir, overrides), environment, str(runs_dir / "log"), pause_at)
-    process = CONTEXT.Process(target=_cell, args=arguments)
-    process.start()
-    return process
+    return _process(_cell, small(runs_dir, overrides), environment, str(runs_dir / "log"), pause_at)
 
 
 def ended(process: Any) -> int:
@@ -134,12 +137,25 @@ def assert_whole(server: Server, run_id: str, directory: Path) -> None:
         assert row == pytest.approx(wanted, rel=1e-6)
 
 
-def sovit(server: Server, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | server.environment
-    code = "import sys, sovit.cli as c, sovit.cli.wandb as w; c.COMMANDS = {*c.COMMANDS, w}; sys.exit(c.main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=250
-    )
+class Said(NamedTuple):
+    """How a command ended, and what it wrote to standard output and error."""
+
+    code: int
+    text: str
+
+
+def _command(arguments: tuple[str, ...], environment: dict[str, str], log: str) -> None:
+    _become(environment, log)
+    from sovit import cli
+
+    sys.exit(cli.main(arguments))
+
+
+def sovit(server: Server, log: Path, *arguments: str, **environment: str) -> Said:
+    """A command of sovit in a process of its own, forked as the cells are."""
+    log.unlink(missing_ok=True)
+    process = _process(_command, arguments, server.environment | environment, str(log))
+    return Said(ended(process), log.read_text())
 
 
 @pytest.mark.parametrize(
@@ -182,21 +198,19 @@ def test_a_run_tells_its_cell_in_numbers_and_its_errors_over_compute(server: Ser
 @pytest.mark.parametrize("weights", ["ema", "cooled"])
 def test_a_killed_cell_goes_on_as_one_run_without_doubled_rows(server: Server, tmp_path: Path, weights: str) -> None:
     """SIGKILL under an agent, then a process without one, which would take another id if the cell's were not noted."""
-    overrides = (*LONG, f"eval.weights={weights}")
-    _, directory = cell(tmp_path / "a", *overrides)
-    killed = begin(tmp_path / "a", server.environment | FAST | AGENT, *overrides, pause_at=50)
-    until(lambda: "r1" in server.runs and len(server.runs["r1"]["history"]) > 10, "rows have arrived")
+    overrides = (KEEPING, f"eval.weights={weights}")
+    _, directory = cell(tmp_path, *overrides)
+    killed = begin(tmp_path, server.environment | FAST | AGENT, *overrides, pause_at=14)
+    until(lambda: "r1" in server.runs and len(server.runs["r1"]["history"]) > 2, "rows have arrived")
     killed.kill()
     killed.join()
     sent = len(server.runs["r1"]["history"])
-    assert run(tmp_path / "a", server.environment, *overrides) == 0
+    assert run(tmp_path, server.environment, *overrides) == 0
     assert list(server.runs) == ["r1"] and server.runs["r1"]["state"] == "finished"
     assert server.runs["r1"]["sweep"] == "sweep1"
     assert_whole(server, "r1", directory)
     assert len(server.runs["r1"]["history"]) > sent
-    assert "Going on from step" in (tmp_path / "a" / "log").read_text()
-    assert run(tmp_path / "b", {}, "logger=none", *overrides) == 0
-    assert (directory / records.EVALS).read_bytes() == (cell(tmp_path / "b")[1] / records.EVALS).read_bytes()
+    assert "Going on from step" in (tmp_path / "log").read_text()
 
 
 def test_another_agent_does_not_make_a_second_run(server: Server, tmp_path: Path) -> None:
@@ -211,28 +225,34 @@ def directory_made(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("asked", [False, True], ids=["preempted", "stopped at W&B"])
-def test_a_stopped_cell_is_handed_out_again_unless_w_and_b_stopped_it(
-    server: Server, tmp_path: Path, asked: bool
-) -> None:
-    _, directory = cell(tmp_path, *LONG)
-    process = begin(tmp_path, server.environment | FAST | AGENT, *LONG, "durations.values=[100000 steps]")
+def test_a_cell_stopped_by_a_signal_is_handed_out_again(server: Server, tmp_path: Path) -> None:
+    _, directory = cell(tmp_path)
+    process = begin(tmp_path, server.environment | FAST | AGENT, pause_at=14)
     until(lambda: "r1" in server.runs and server.runs["r1"]["history"], "rows have arrived")
-    if asked:
-        server.stop_run("r1")  # W&B's client looks every 15 s
-    else:
-        os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
+    (tmp_path / "log.go").touch()
     assert ended(process) == 75
-    assert server.runs["r1"]["exitcode"] == 75 and server.runs["r1"]["preempting"] is not asked
-    assert server.runs["r1"]["state"] == ("killed" if asked else "preempted")
+    kept = server.runs["r1"]
+    assert (kept["state"], kept["exitcode"], kept["preempting"]) == ("preempted", 75, True)
     record = records.read_run(directory)
     assert record is not None and record["status"] == records.RUNNING
 
 
+@pytest.mark.full
+def test_a_cell_stopped_at_w_and_b_is_not_handed_out_again(server: Server, tmp_path: Path) -> None:
+    """It trains until it is stopped; W&B's client asks every 15 s."""
+    process = begin(tmp_path, server.environment | FAST | AGENT, "durations.values=[1000000 steps]")
+    until(lambda: "r1" in server.runs and server.runs["r1"]["history"], "rows have arrived")
+    server.stop_run("r1")
+    assert ended(process) == 75
+    kept = server.runs["r1"]
+    assert (kept["state"], kept["exitcode"], kept["preempting"]) == ("killed", 75, False)
+
+
 def test_a_server_that_fails_for_a_while_misses_nothing(server: Server, tmp_path: Path) -> None:
-    _, directory = cell(tmp_path, *LONG)
+    _, directory = cell(tmp_path)
     server.fail_next = 3
-    assert run(tmp_path, server.environment | FAST | AGENT, *LONG) == 0
+    assert run(tmp_path, server.environment | FAST | AGENT) == 0
     assert server.fail_next == 0, "the client never met an error"
     assert_whole(server, "r1", directory)
     assert server.runs["r1"]["state"] == "finished"
@@ -242,9 +262,9 @@ def test_a_server_gone_for_good_does_not_hold_a_run_and_gets_all_of_it_afterward
     server: Server, tmp_path: Path
 ) -> None:
     """Gone in the middle for one cell and from the start for another; a push makes it whole, a second sends nothing."""
-    _, directory = cell(tmp_path, *LONG)
+    _, directory = cell(tmp_path)
     impatient = server.environment | FAST | AGENT | {"WANDB_FINISH_TIMEOUT": "3"}
-    process = begin(tmp_path, impatient, *LONG, pause_at=50)
+    process = begin(tmp_path, impatient, pause_at=14)
     until(lambda: "r1" in server.runs and server.runs["r1"]["history"], "rows have arrived")
     server.stop()
     (tmp_path / "log.go").touch()
@@ -254,20 +274,20 @@ def test_a_server_gone_for_good_does_not_hold_a_run_and_gets_all_of_it_afterward
     said = (tmp_path / "log").read_text()
     assert "W&B does not have everything of this run" in said and "sovit wandb push" in said
     assert "W&B could not start online" in said
-    refused = sovit(server, "wandb", "push", str(tmp_path / "tiny"))
-    assert refused.returncode == 2 and "W&B does not answer" in refused.stderr and "Traceback" not in refused.stderr
+    refused = sovit(server, tmp_path / "said", "wandb", "push", str(tmp_path / "tiny"))
+    assert refused.code == 2 and "W&B does not answer" in refused.text and "Traceback" not in refused.text
 
     server.start()
-    pushed = sovit(server, "wandb", "push", str(tmp_path / "tiny"))
-    assert pushed.returncode == 0, pushed.stdout + pushed.stderr
-    assert "2 runs sent, 0 were there already" in pushed.stdout
+    pushed = sovit(server, tmp_path / "said", "wandb", "push", str(tmp_path / "tiny"))
+    assert pushed.code == 0, pushed.text
+    assert "2 runs sent, 0 were there already" in pushed.text
     other, offline = cell(tmp_path, "shape=24x1x16")
     assert_whole(server, "r1", directory)
     assert_whole(server, f"{records.run_id(other)}-{records.config_hash(other)}", offline)
     assert {run["state"] for run in server.runs.values()} == {"finished"} and len(server.runs) == 2
     requests = len(server.requests)
-    again = sovit(server, "wandb", "push", str(tmp_path / "tiny"))
-    assert "0 runs sent, 2 were there already" in again.stdout and len(server.requests) == requests
+    again = sovit(server, tmp_path / "said", "wandb", "push", str(tmp_path / "tiny"))
+    assert "0 runs sent, 2 were there already" in again.text and len(server.requests) == requests
 
 
 def test_pull_rebuilds_the_records_and_overwrites_nothing(server: Server, tmp_path: Path) -> None:
@@ -281,8 +301,8 @@ def test_pull_rebuilds_the_records_and_overwrites_nothing(server: Server, tmp_pa
     server.runs["r4"]["files"] = {records.RUN: json.dumps(hostile).encode(), records.EVALS: b""}
     to = tmp_path / "b"
     path = f"{ENTITY}/{PROJECT}/sweep1"
-    pulled = sovit(server, "wandb", "pull", path, "--runs-dir", str(to), "--name", "copy")
-    assert pulled.returncode == 1, pulled.stdout + pulled.stderr
+    pulled = sovit(server, tmp_path / "said", "wandb", "pull", path, "--runs-dir", str(to), "--name", "copy")
+    assert pulled.code == 1, pulled.text
     for sentence in (
         "1 runs pulled",
         "r2: W&B says running",
@@ -290,15 +310,17 @@ def test_pull_rebuilds_the_records_and_overwrites_nothing(server: Server, tmp_pa
         "sovit import wandb",
         "no name of a run",
     ):
-        assert sentence in pulled.stdout
+        assert sentence in pulled.text
     copy = to / "copy" / directory.name
     for name in (records.RUN, records.EVALS, records.METRICS):
         assert (copy / name).read_bytes() == (directory / name).read_bytes()
     assert sorted(path.name for path in to.iterdir()) == ["copy"] and [*to.glob("copy/*")] == [copy]
-    assert "0 runs sent, 1 were there already" in sovit(server, "wandb", "push", str(to / "copy")).stdout
+    assert (
+        "0 runs sent, 1 were there already" in sovit(server, tmp_path / "said", "wandb", "push", str(to / "copy")).text
+    )
     (copy / records.EVALS).write_text("mine\n")
-    pulled = sovit(server, "wandb", "pull", path, "--runs-dir", str(to), "--name", "copy")
-    assert "holds other records" in pulled.stdout and (copy / records.EVALS).read_text() == "mine\n"
+    pulled = sovit(server, tmp_path / "said", "wandb", "pull", path, "--runs-dir", str(to), "--name", "copy")
+    assert "holds other records" in pulled.text and (copy / records.EVALS).read_text() == "mine\n"
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline"])

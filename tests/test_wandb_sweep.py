@@ -1,9 +1,11 @@
-"""Sweeps by the real ``wandb sweep`` and ``wandb agent`` against a stand-in server: nothing of ours stands in between."""
+"""Sweeps by the real ``wandb sweep`` and ``wandb agent`` against a stand-in server: nothing of ours stands in between.
+
+A cell of an agent is a program of its own, so what makes it wait in the middle comes to it through the environment.
+"""
 
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sovit import claims, records
-from sovit.launch.plan import plan
+from sovit.launch.plan import Cell, plan
 from sovit.launch.sweep import load_sweep
 from sovit.launch.wandb.sweep import SWEEPS, document_of
 from test_wandb import assert_whole, server, until  # noqa: F401  (a fixture)
@@ -28,32 +30,45 @@ parameters:
   name: {value: pair}
   runs_dir: {value: RUNS}
   center: {value: 16x1x16}
-  shape: {values: [SHAPES]}
+  shape: {values: [16x1x16, 24x1x16]}
   seed: {values: [0]}
   data.num_classes: {value: 8}
   data.num_heldout: {value: 4}
   durations.first: {value: 8 steps}
-  durations.last: {value: LAST steps}
+  durations.last: {value: 32 steps}
   durations.num: {value: 3}
   trainer.global_batch_size: {value: 16}
   trainer.log_every_n_steps: {value: 4}
-  trainer.checkpoint_every_s: {value: 0.5}
+  trainer.checkpoint_every_s: {value: 1.0e-9}
   schedule.warmup_steps: {value: 4}
 """
 
+# A cell under this waits before its third training row until there is a file, which only the test makes.
+PAUSE = """
+import os, sys, time
+rows = iter(range(1, 10**9))
+def wait(event, args):
+    if event == "open" and str(args[0]).endswith("/metrics.jsonl") and args[2] & os.O_RDWR and next(rows) == 3:
+        while not os.path.exists(os.environ["GO_ON_IF"]):
+            time.sleep(0.02)
+sys.addaudithook(wait)
+"""
 
-def sweep_file(tmp_path: Path, shapes: str, last: int = 24) -> Path:
-    text = FILE.replace("RUNS", str(tmp_path / "runs")).replace("SHAPES", shapes).replace("LAST", str(last))
+
+def sweep_file(tmp_path: Path) -> Path:
     path = tmp_path / "pair.yaml"
-    path.write_text(text)
+    path.write_text(FILE.replace("RUNS", str(tmp_path / "runs")))
     return path
 
 
 def start(server: Server, tmp_path: Path, *command: str) -> "subprocess.Popen[str]":  # noqa: F811
-    """A command as a user has it: the environment's programs first in PATH."""
+    """A command as a user has it: the environment's programs first in PATH. Its cells wait for a file ``go``."""
+    (tmp_path / "sitecustomize.py").write_text(PAUSE)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | server.environment
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
+        "PYTHONPATH": str(tmp_path),
+        "GO_ON_IF": str(tmp_path / "go"),
         "WANDB_DIR": str(tmp_path),
         "WANDB_SILENT": "false",
         "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2",
@@ -65,7 +80,7 @@ def start(server: Server, tmp_path: Path, *command: str) -> "subprocess.Popen[st
 
 
 def said(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     return output
 
@@ -85,36 +100,50 @@ def ends(process: "subprocess.Popen[str]", runs: Path) -> Iterator[None]:
 
 
 def sovit(*arguments: str) -> list[str]:
-    code = "import sys, sovit.cli as c, sovit.cli.wandb as w; c.COMMANDS = {*c.COMMANDS, w}; sys.exit(c.main())"
-    return [sys.executable, "-c", code, *arguments]
+    return [sys.executable, "-m", "sovit.cli", *arguments]
 
 
-def cell_process(directory: Path) -> int:
-    until(lambda: claims.holder(directory), "a process has the cell")
-    holder = claims.holder(directory)
+def begun(server: Server, cells: tuple[Cell, ...], run_id: str) -> tuple[Cell, int]:  # noqa: F811
+    """The cell that a run at W&B is, once its first rows have arrived there, and the process that has it."""
+    until(lambda: run_id in server.runs and server.runs[run_id]["history"], "the first rows have arrived")
+    cell = next(cell for cell in cells if str(cell.shape) == server.runs[run_id]["args"]["shape"])
+    holder = claims.holder(cell.run_dir)
     assert holder is not None
-    return holder.pid
+    return cell, holder.pid
+
+
+def evaluations(runs_dir: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in runs_dir.glob(f"pair/*/{records.EVALS}")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What ``sovit run`` makes of the same file, without W&B."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = sovit("run", str(sweep_file(folder)), "logger=none")
+    assert subprocess.run(command, capture_output=True, timeout=400).returncode == 0
+    return evaluations(folder / "runs")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_wandbs_own_commands_run_a_shipped_kind_of_file_and_a_preempted_cell_goes_on(
+def test_wandbs_own_commands_run_a_sweep_and_a_preempted_cell_goes_on_as_the_same_run(
     server: Server,  # noqa: F811
     tmp_path: Path,
+    undisturbed: dict[str, bytes],
 ) -> None:
-    """wandb sweep, wandb agent; the first cell gets SIGTERM in the middle and is handed out again; then pulled back."""
-    file = sweep_file(tmp_path, "16x1x16, 24x1x16", last=600)
+    """wandb sweep, wandb agent; SIGTERM to the first cell in the middle of its training."""
+    file = sweep_file(tmp_path)
     cells = plan(load_sweep(file)).cells
     created = said(start(server, tmp_path, "wandb", "sweep", str(file)))
-    found = re.search(rf"wandb agent ({ENTITY}/{PROJECT}/sweep1)", created)
-    assert found, created
-    agent = start(server, tmp_path, "wandb", "agent", found[1])
+    assert f"wandb agent {ENTITY}/{PROJECT}/sweep1" in created
+    agent = start(server, tmp_path, "wandb", "agent", f"{ENTITY}/{PROJECT}/sweep1")
     with ends(agent, tmp_path / "runs"):
-        until(lambda: "r1" in server.runs and server.runs["r1"]["history"], "the first cell trains")
-        first = next(cell for cell in cells if str(cell.shape) == server.runs["r1"]["args"]["shape"])
-        os.kill(cell_process(first.run_dir), signal.SIGTERM)
-        until(lambda: server.runs["r1"]["state"] == "preempted" or server.runs["r1"]["issued"] == 2, "it is preempted")
-        said(agent)
+        _, process = begun(server, cells, "r1")
+        os.kill(process, signal.SIGTERM)
+        (tmp_path / "go").touch()
+        output = said(agent)
+    assert "stopped by a signal" in output and "Going on from step" in output
     assert set(server.runs) == {"r1", "r2"} and (server.runs["r1"]["issued"], server.runs["r2"]["issued"]) == (2, 1)
     for name, run in server.runs.items():
         cell = next(cell for cell in cells if str(cell.shape) == run["args"]["shape"])
@@ -125,52 +154,49 @@ def test_wandbs_own_commands_run_a_shipped_kind_of_file_and_a_preempted_cell_goe
         assert config["shape"] == str(cell.shape) and config["cfg"]["data"]["num_classes"] == 8
         assert run["summary"]["eval/fractals_5shot/error"] == server.history(name)[-1]["eval/fractals_5shot/error"]
         assert_whole(server, name, cell.run_dir)
-    to = tmp_path / "pulled"
-    pulled = said(start(server, tmp_path, *sovit("wandb", "pull", found[1], "--runs-dir", str(to))))
-    assert "2 runs pulled" in pulled
-    for cell in cells:
-        for file_name in (records.RUN, records.EVALS):
-            copy = to / "pair" / cell.run_id / file_name
-            assert copy.read_bytes() == (cell.run_dir / file_name).read_bytes()
+    assert evaluations(tmp_path / "runs") == undisturbed and len(undisturbed) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_cell_whose_agent_is_killed_is_finished_as_the_same_run(server: Server, tmp_path: Path) -> None:  # noqa: F811
-    """sovit wandb sweep: two agents, one killed with its cell; the local runner goes on with it. The same records."""
-    file = sweep_file(tmp_path, "16x1x16, 24x1x16, 16x2x16", last=600)
+def test_what_a_killed_agent_leaves_is_finished_in_the_same_sweep_and_can_be_pulled(
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+) -> None:
+    """sovit wandb sweep: its one agent and the cell are killed; the local runner goes on with this cell and the other."""
+    file = sweep_file(tmp_path)
     made = plan(load_sweep(file))
-    process = start(server, tmp_path, *sovit("wandb", "sweep", str(file), "--workers", "2"))
+    process = start(server, tmp_path, *sovit("wandb", "sweep", str(file), "--workers", "1"))
     with ends(process, tmp_path / "runs"):
-        until(lambda: any(run["history"] for run in server.runs.values()), "a cell trains")
-        name = next(name for name, run in server.runs.items() if run["history"])
-        cell = next(cell for cell in made.cells if str(cell.shape) == server.runs[name]["args"]["shape"])
-        worker = cell_process(cell.run_dir)
+        cell, worker = begun(server, made.cells, "r1")
         agent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(agent, signal.SIGKILL)
         os.kill(worker, signal.SIGKILL)
+        (tmp_path / "go").touch()
         output = said(process)
-    assert "all 3 cells are done" in output
-    assert len(server.runs) == 3 and {run["state"] for run in server.runs.values()} == {"finished"}
+    assert "all 2 cells are done" in output
+    path = f"{ENTITY}/{PROJECT}/sweep1"
+    assert list(json.loads((tmp_path / "runs" / "pair" / SWEEPS).read_text()).values()) == [path]
+    assert len(server.runs) == 2 and server.runs["r1"]["starts"] == 1
     for name, run in server.runs.items():
-        cell = next(cell for cell in made.cells if str(cell.shape) == run["args"]["shape"])
-        assert_whole(server, name, cell.run_dir)
-    assert list(json.loads((tmp_path / "runs" / "pair" / SWEEPS).read_text()).values()) == [
-        f"{ENTITY}/{PROJECT}/sweep1"
-    ]
+        assert (run["state"], run["sweep"]) == ("finished", "sweep1")
+        assert_whole(server, name, made.runs_dir / "pair" / run["displayName"])
+    assert server.runs["r1"]["displayName"] == cell.run_id
+    assert evaluations(tmp_path / "runs") == undisturbed
+
     again = said(start(server, tmp_path, *sovit("wandb", "sweep", str(file))))
     assert "done already" in again and len(server.sweeps) == 1
-
-    undisturbed = said(start(server, tmp_path, *sovit("run", str(file), f"runs_dir={tmp_path / 'b'}", "logger=none")))
-    assert "all 3 cells are done" in undisturbed
+    to = tmp_path / "pulled"
+    assert "2 runs pulled" in said(start(server, tmp_path, *sovit("wandb", "pull", path, "--runs-dir", str(to))))
+    assert evaluations(to) == undisturbed
     for cell in made.cells:
-        other = tmp_path / "b" / "pair" / cell.run_id / records.EVALS
-        assert other.read_bytes() == (cell.run_dir / records.EVALS).read_bytes()
+        assert (to / "pair" / cell.run_id / records.RUN).read_bytes() == (cell.run_dir / records.RUN).read_bytes()
 
 
 def test_a_file_is_registered_unchanged_but_for_what_the_command_line_sets(tmp_path: Path) -> None:
     """And what W&B's grid makes of it are the cells of the plan."""
-    file = sweep_file(tmp_path, "16x1x16, 24x1x16")
+    file = sweep_file(tmp_path)
     overrides = ["seed=1", "trainer.log_every_n_steps=010", "data.rotation=0.50"]
     for given in ([], overrides):
         sweep = load_sweep(file, given)

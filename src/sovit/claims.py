@@ -15,6 +15,7 @@ What this cannot do: hold back a process that is frozen between its `Claim.check
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -225,7 +226,8 @@ def _create(directory: Path, generation: int, content: bytes) -> bool:
         return False
     try:
         try:
-            os.write(file, content)
+            if os.write(file, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         finally:
             os.close(file)  # on NFS this is where a full disk is reported
     except OSError:

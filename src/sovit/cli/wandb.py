@@ -1,4 +1,4 @@
-"""``sovit wandb``: sweeps that W&B hands out, and records sent there or fetched from there."""
+"""``sovit wandb``: sweeps that W&B hands out, records sent there or fetched from there, and a report that draws them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sovit.cli.options import add_sweep
+from sovit.cli.options import DEFAULT_METRIC, add_sweep, positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +15,7 @@ MAX_LISTED = 20
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    wandb = commands.add_parser("wandb", help="sweeps through W&B, and records sent there or fetched from there")
+    wandb = commands.add_parser("wandb", help="sweeps through W&B, records sent there or fetched from there")
     actions = wandb.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     sweep = actions.add_parser(
@@ -45,12 +45,24 @@ def add(commands: argparse._SubParsersAction) -> None:
     pull.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
     pull.set_defaults(command=_pull)
 
+    dashboard = actions.add_parser(
+        "dashboard",
+        help="write a report at W&B that draws a sweep",
+        description="Write a report at W&B, or bring it up to date: error against compute by arm, isocompute curves, parallel "
+        "coordinates, throughput and loss of the finished runs. Needs wandb-workspaces: pip install 'sovit[dashboard]'.",
+    )
+    dashboard.add_argument("path", metavar="ENTITY/PROJECT")
+    dashboard.add_argument("--sweep", metavar="NAME", help="the name its runs were trained under, if there are several")
+    dashboard.add_argument("--dataset", default=DEFAULT_METRIC[0], help="default: %(default)s")
+    dashboard.add_argument("--shots", type=positive, default=DEFAULT_METRIC[1], help="default: %(default)s")
+    dashboard.set_defaults(command=_dashboard)
+
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from sovit.launch.local.runner import refuse_changed, run_sweep
     from sovit.launch.plan import plan
     from sovit.launch.sweep import load_sweep, metric_of
-    from sovit.launch.wandb.sweep import all_done, document_of, register, run_agents
+    from sovit.launch.wandb.sweep import adopt, all_done, document_of, register, run_agents
 
     sweep = load_sweep(arguments.file, arguments.overrides)
     made = plan(sweep, workers=arguments.workers)
@@ -62,6 +74,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         if stopped:
             print(f"{made.name}: stopped; the same command goes on from there.")
             return 128 + stopped
+        adopt(found.path, made)
     return run_sweep(made, metric=metric_of(sweep.metric["name"]))
 
 
@@ -86,6 +99,14 @@ def _pull(arguments: argparse.Namespace) -> int:
     if sweeps:
         print(f"Next: {' && '.join(f'sovit fit {sweep}' for sweep in sweeps)}")
     return 1 if found.left_out else 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from sovit.launch.wandb.dashboard import dashboard
+
+    address, new = dashboard(arguments.path, arguments.sweep, (arguments.dataset, arguments.shots))
+    print(f"{'Written' if new else 'Brought up to date'}: {address}")
+    return 0
 
 
 def _list_left_out(left_out: Sequence[tuple[str, str]], what: str) -> None:

@@ -37,6 +37,8 @@ def judge(state: CellState, exitcode: int, stopping: bool) -> tuple[str, str]:
         return STOPPED, ""  # the signal came before the cell could handle it
     if verdict == DONE and on_disk != DONE:
         return DIED, reason if reason == CUT else "ended without a verdict; see log.txt"
+    if verdict == DIED and on_disk == DONE:
+        return DONE, ""  # killed after its last word
     if verdict == DIED:
         how = f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with exit code {exitcode}"
         return DIED, how + (" (out of memory?)" if exitcode == -signal.SIGKILL else "")

@@ -12,6 +12,7 @@ import json
 import netrc
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -166,7 +167,8 @@ class Live:
         if exit_code not in (STOPPED, HELD):
             found = _evaluations(self.directory)
             record = records.read_run(self.directory) or {}
-            self.run.summary.update({**(found[-1][1] if found else {}), "status": record.get("status", "")})
+            final = found[-1][1] if found else {}
+            self.run.summary.update({**final, **_isocompute(self.directory), "status": record.get("status", "")})
             for path in (self.directory / name for name in FILES):
                 if path.exists():
                     self.run.save(str(path), base_path=str(self.directory), policy="now", glob=False)
@@ -186,11 +188,9 @@ def start(identity: Identity, told: Mapping[str, Any], directory: Path, *, mode:
 
     stops: list[bool] = []
 
-    def stop_run() -> (
-        None
-    ):  # W&B's own is SIGINT, of which a second one after the agent's SIGTERM would interrupt a save
+    def stop_run() -> None:
         stops.append(True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=_stop_this_process, daemon=True).start()  # a wait here would hold up all of wandb
 
     settings: dict[str, Any] = {
         "init_timeout": timeout,
@@ -224,7 +224,7 @@ def start(identity: Identity, told: Mapping[str, Any], directory: Path, *, mode:
 
 def _stop_this_process() -> None:
     """What W&B would do with SIGINT, which interrupts a save if it comes after the agent's SIGTERM."""
-    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # the cell is not ready yet to stop in good order
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # the cell cannot stop in good order yet
         time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -248,19 +248,43 @@ def rows(directory: Path) -> list[Row]:
 
 
 def _evaluations(directory: Path) -> list[Row]:
-    by_step: dict[int, list[dict[str, Any]]] = {}
+    return [(step, metrics_of(found)) for step, found in _by_step(directory).items()]
+
+
+def _by_step(directory: Path) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
     for row in records.read_lines(directory / records.EVALS):
-        by_step.setdefault(row["step"], []).append(row)
-    return [(step, metrics_of(found)) for step, found in by_step.items()]
+        found.setdefault(row["step"], []).append(row)
+    return found
 
 
 def metrics_of(found: list[dict[str, Any]]) -> dict[str, float]:
     """What W&B is told of one evaluation: compute, images, and per data set and shots the mean error over the draws."""
     errors: dict[str, list[float]] = {}
     for row in found:
-        errors.setdefault(f"eval/{row['dataset']}_{row['shots']}shot/error", []).append(row["error"])
+        errors.setdefault(error_key(row["dataset"], row["shots"]), []).append(row["error"])
     means = {key: sum(values) / len(values) for key, values in errors.items()}
     return {"t_gflops": found[0]["t_gflops"], "examples_seen": found[0]["examples_seen"], **means}
+
+
+def error_key(dataset: str, shots: int) -> str:
+    """The name of an error in the rows."""
+    return f"eval/{dataset}_{shots}shot/error"
+
+
+def slice_key(error: str, duration: str) -> str:
+    """The name of an error after a duration in the summary. (A point in a name would open a level at W&B.)"""
+    return f"isocompute{error.removeprefix('eval')}/{duration.replace('.', ',')}"
+
+
+def _isocompute(directory: Path) -> dict[str, float]:
+    """Every error after every duration: W&B draws a dimension of the shape against nothing but the summary."""
+    found: dict[str, float] = {}
+    for rows in _by_step(directory).values():
+        if rows[0]["step"]:
+            errors = (item for item in metrics_of(rows).items() if item[0].startswith("eval/"))
+            found |= {slice_key(key, rows[0]["duration"]): value for key, value in errors}
+    return found
 
 
 def logged_in() -> bool:

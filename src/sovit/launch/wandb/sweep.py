@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from sovit import records
+from sovit import claims, records
 from sovit.launch.plan import Plan, visible_gpus
 from sovit.launch.state import DONE, state_on_disk, summary
 from sovit.launch.sweep import Sweep
@@ -155,6 +155,17 @@ def _stop(agents: Sequence[subprocess.Popen[bytes]], received: list[int]) -> Non
         if agent.poll() is None:
             agent.kill()
         agent.wait()
+
+
+def adopt(path: str, plan: Plan) -> None:
+    """Note that the cells nobody has begun belong to the sweep, so that whoever runs them does so as a part of it."""
+    entity, project, sweep = path.split("/")
+    for cell in plan.cells:
+        if state_on_disk(cell.run_dir)[0] != DONE:
+            with suppress(claims.Held), claims.hold(cell.run_dir):
+                if wandb_run.read_note(cell.run_dir) is None:
+                    run = f"{cell.run_id}-{cell.config_hash}"
+                    wandb_run.note(cell.run_dir, wandb_run.Identity(run, entity, project, sweep))
 
 
 def _tell(plan: Plan, told: str) -> str:
