@@ -168,13 +168,13 @@ class GridFit:
         records.write_json(path, self.as_dict())
 
 
-def load_shots(sweep_dir: str | Path, dataset: str) -> dict[int, list[Point]]:
+def load_shots(sweep_dir: str | Path, dataset: str, *, retried: bool = False) -> dict[int, list[Point]]:
     """The points of every number of shots that all finished runs of a sweep hold for a data set, for `fit_grid`.
 
-    Raises what `load_points` raises.
+    ``retried`` as in `load_points`. Raises what `load_points` raises.
     """
-    held = [shots for name, shots in metrics(sweep_dir) if name == dataset]
-    return {shots: load_points(sweep_dir, dataset, shots)[0] for shots in held}
+    held = [shots for name, shots in metrics(sweep_dir, retried=retried) if name == dataset]
+    return {shots: load_points(sweep_dir, dataset, shots, retried=retried)[0] for shots in held}
 
 
 def fit_grid(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sovit.cli.options import DEFAULT_METRIC, positive
+from sovit.cli.options import DEFAULT_METRIC, add_retried, positive
 
 if TYPE_CHECKING:
     from sovit.analysis.points import Dimensions, Point
@@ -38,6 +38,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     check.add_argument(
         "--draws", type=positive, default=1000, help="simulated sweeps for a p-value (default: %(default)s)"
     )
+    add_retried(check)
     check.add_argument("--json", action="store_true", help="print JSON, with the details behind every row")
     check.set_defaults(command=_check)
 
@@ -49,7 +50,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from sovit.analysis.points import load_points, metrics
 
     directory, metric = arguments.runs, (arguments.dataset, arguments.shots)
-    points, exclusions = load_points(directory, *metric)
+    points, exclusions = load_points(directory, *metric, retried=arguments.retried)
     if not points:
         raise ValueError(f"{directory} holds no finished run; see sovit status {directory}.")
     if is_diagonal(points):
@@ -57,7 +58,10 @@ def _check(arguments: argparse.Namespace) -> int:
     kind = sweep_kind(points)
     if kind == "star":
         others = _others(directory, arguments.others, metric)
-        by_metric = {key: load_points(directory, *key)[0] for key in metrics(directory)}
+        by_metric = {
+            key: load_points(directory, *key, retried=arguments.retried)[0]
+            for key in metrics(directory, retried=arguments.retried)
+        }
         center = None if arguments.center is None else _center(arguments.center)
         found = doubts.check_star(
             points, center, metric=metric, by_metric=by_metric, others=others, draws=arguments.draws

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sovit.cli.options import DEFAULT_METRIC, positive
+from sovit.cli.options import DEFAULT_METRIC, add_retried, positive
 
 if TYPE_CHECKING:
     from sovit.analysis.points import Dimensions, Exclusion, Point
@@ -41,6 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     fit.add_argument(
         "--share", metavar="LIST", help="fit a star's arms also with c, xi or eps in common, such as c,eps"
     )
+    add_retried(fit)
     fit.add_argument("--no-checks", action="store_true", help="leave out the checks of sovit check (some seconds)")
     fit.add_argument("--out", type=Path, help="directory for fit.json and the report (default: the runs directory)")
     fit.set_defaults(command=_fit)
@@ -80,7 +81,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     from sovit import records
     from sovit.analysis.points import load_points
 
-    loaded = {directory: load_points(directory, dataset, shots) for directory in directories}
+    loaded = {directory: load_points(directory, dataset, shots, retried=arguments.retried) for directory in directories}
     for directory, (points, exclusions) in loaded.items():
         if not points:
             why = f": {exclusions[0].run_id} is left out ({exclusions[0].reason})" if exclusions else ""
@@ -127,7 +128,9 @@ def _one_sweep(
         direction, origin = _direction(arguments.direction), _origin(arguments.origin)
         return fit_diagonal(points, direction=direction, origin=origin, **about).as_dict()
     if kind == "grid":
-        found = fit_grid(points, by_shots=load_shots(directory, arguments.dataset), **about).as_dict()
+        found = fit_grid(
+            points, by_shots=load_shots(directory, arguments.dataset, retried=arguments.retried), **about
+        ).as_dict()
         return found if arguments.no_checks else found | {"checks": doubts.check_grid(points, draws=_DRAWS)}
     center = _center(arguments.center, points)
     priors = {name: Prior(value, spread) for name, value, spread in arguments.prior}
@@ -137,7 +140,10 @@ def _one_sweep(
         return found
     from sovit.analysis.points import load_points, metrics
 
-    by_metric = {key: load_points(directory, *key)[0] for key in metrics(directory)}
+    by_metric = {
+        key: load_points(directory, *key, retried=arguments.retried)[0]
+        for key in metrics(directory, retried=arguments.retried)
+    }
     key = (arguments.dataset, arguments.shots)
     return found | {"checks": doubts.check_star(points, center, metric=key, by_metric=by_metric, draws=_DRAWS)}
 

@@ -43,6 +43,12 @@ def by_dimension(text: str) -> dict[str, float]:
     return found
 
 
+def add_retried(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--retried", action="store_true", help="let in runs that repeat a diverged one at a lower learning rate"
+    )
+
+
 def add_sweep(command: argparse.ArgumentParser) -> None:
     """The arguments of every command that takes a sweep file."""
     command.add_argument("file", type=Path, help="sweep file, such as sweeps/star_tiny.yaml")
