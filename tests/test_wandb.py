@@ -36,7 +36,6 @@ SMALL = [
 ]
 KEEPING = "trainer.checkpoint_every_s=1e-9"  # a resume point after every step
 AGENT = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "r1"}
-FAST = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
 
 
 @pytest.fixture
@@ -79,6 +78,7 @@ def _cell(overrides: list[str], environment: dict[str, str], log: str, pause_at:
 
     def training_step(self: Any, *batch: Any) -> Any:
         if next(steps) == pause_at:
+            Path(f"{log}.waits").touch()
             until(lambda: Path(f"{log}.go").exists(), "it may go on")
         return original(self, *batch)
 
@@ -193,24 +193,34 @@ def test_a_run_tells_its_cell_in_numbers_and_its_errors_over_compute(server: Ser
     assert names[axes["eval/*"] - 1] == "t_gflops" and names[axes["train/*"] - 1] == "trainer/global_step"
     for name in (records.RUN, records.EVALS, records.METRICS):
         assert kept["files"][name] == (directory / name).read_bytes()
+    pushed = sovit(server, tmp_path / "said", "wandb", "push", str(tmp_path / "tiny"))
+    assert "0 runs sent, 1 were there already" in pushed.text and kept["starts"] == 1, pushed.text
 
 
-@pytest.mark.parametrize("weights", ["ema", "cooled"])
-def test_a_killed_cell_goes_on_as_one_run_without_doubled_rows(server: Server, tmp_path: Path, weights: str) -> None:
-    """SIGKILL under an agent, then a process without one, which would take another id if the cell's were not noted."""
-    overrides = (KEEPING, f"eval.weights={weights}")
-    _, directory = cell(tmp_path, *overrides)
-    killed = begin(tmp_path, server.environment | FAST | AGENT, *overrides, pause_at=14)
-    until(lambda: "r1" in server.runs and len(server.runs["r1"]["history"]) > 2, "rows have arrived")
-    killed.kill()
-    killed.join()
-    sent = len(server.runs["r1"]["history"])
-    assert run(tmp_path, server.environment, *overrides) == 0
-    assert list(server.runs) == ["r1"] and server.runs["r1"]["state"] == "finished"
-    assert server.runs["r1"]["sweep"] == "sweep1"
-    assert_whole(server, "r1", directory)
-    assert len(server.runs["r1"]["history"]) > sent
-    assert "Going on from step" in (tmp_path / "log").read_text()
+def test_a_killed_cell_goes_on_as_one_run_without_doubled_rows(server: Server, tmp_path: Path) -> None:
+    """SIGKILL under an agent, then a process without one, which would take another id if the cell's were not noted.
+
+    One cell is evaluated with averaged weights, the other with cooled ones, whose rows go back in the steps.
+    """
+    kinds = {"ema": "r1", "cooled": "r2"}
+    cells = {run_id: (tmp_path / weights, (KEEPING, f"eval.weights={weights}")) for weights, run_id in kinds.items()}
+    killed = [
+        begin(runs_dir, server.environment | AGENT | {"WANDB_RUN_ID": run_id}, *overrides, pause_at=14)
+        for run_id, (runs_dir, overrides) in cells.items()
+    ]
+    until(lambda: all(name in server.runs and len(server.history(name)) > 2 for name in cells), "rows have arrived")
+    for process in killed:
+        process.kill()
+        process.join()
+    sent = {name: len(server.history(name)) for name in cells}
+    going_on = [begin(runs_dir, server.environment, *overrides) for runs_dir, overrides in cells.values()]
+    assert [ended(process) for process in going_on] == [0, 0]
+    assert set(server.runs) == set(cells)
+    for run_id, (runs_dir, overrides) in cells.items():
+        assert (server.runs[run_id]["state"], server.runs[run_id]["sweep"]) == ("finished", "sweep1")
+        assert_whole(server, run_id, cell(runs_dir, *overrides)[1])
+        assert len(server.history(run_id)) > sent[run_id]
+        assert "Going on from step" in (runs_dir / "log").read_text()
 
 
 def test_another_agent_does_not_make_a_second_run(server: Server, tmp_path: Path) -> None:
@@ -227,8 +237,8 @@ def directory_made(directory: Path) -> Path:
 
 def test_a_cell_stopped_by_a_signal_is_handed_out_again(server: Server, tmp_path: Path) -> None:
     _, directory = cell(tmp_path)
-    process = begin(tmp_path, server.environment | FAST | AGENT, pause_at=14)
-    until(lambda: "r1" in server.runs and server.runs["r1"]["history"], "rows have arrived")
+    process = begin(tmp_path, server.environment | AGENT, pause_at=14)
+    until((tmp_path / "log.waits").exists, "it trains")
     os.kill(process.pid, signal.SIGTERM)
     (tmp_path / "log.go").touch()
     assert ended(process) == 75
@@ -241,8 +251,8 @@ def test_a_cell_stopped_by_a_signal_is_handed_out_again(server: Server, tmp_path
 @pytest.mark.full
 def test_a_cell_stopped_at_w_and_b_is_not_handed_out_again(server: Server, tmp_path: Path) -> None:
     """It trains until it is stopped; W&B's client asks every 15 s."""
-    process = begin(tmp_path, server.environment | FAST | AGENT, "durations.values=[1000000 steps]")
-    until(lambda: "r1" in server.runs and server.runs["r1"]["history"], "rows have arrived")
+    process = begin(tmp_path, server.environment | AGENT, "durations.values=[1000000 steps]")
+    until(lambda: "r1" in server.runs and server.runs["r1"]["starts"], "it has begun")
     server.stop_run("r1")
     assert ended(process) == 75
     kept = server.runs["r1"]
@@ -252,7 +262,7 @@ def test_a_cell_stopped_at_w_and_b_is_not_handed_out_again(server: Server, tmp_p
 def test_a_server_that_fails_for_a_while_misses_nothing(server: Server, tmp_path: Path) -> None:
     _, directory = cell(tmp_path)
     server.fail_next = 3
-    assert run(tmp_path, server.environment | FAST | AGENT) == 0
+    assert run(tmp_path, server.environment | AGENT) == 0
     assert server.fail_next == 0, "the client never met an error"
     assert_whole(server, "r1", directory)
     assert server.runs["r1"]["state"] == "finished"
@@ -263,7 +273,7 @@ def test_a_server_gone_for_good_does_not_hold_a_run_and_gets_all_of_it_afterward
 ) -> None:
     """Gone in the middle for one cell and from the start for another; a push makes it whole, a second sends nothing."""
     _, directory = cell(tmp_path)
-    impatient = server.environment | FAST | AGENT | {"WANDB_FINISH_TIMEOUT": "3"}
+    impatient = server.environment | AGENT | {"WANDB_FINISH_TIMEOUT": "3"}
     process = begin(tmp_path, impatient, pause_at=14)
     until(lambda: "r1" in server.runs and server.runs["r1"]["history"], "rows have arrived")
     server.stop()

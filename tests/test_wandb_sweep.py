@@ -36,7 +36,7 @@ parameters:
   data.num_heldout: {value: 4}
   durations.first: {value: 8 steps}
   durations.last: {value: 32 steps}
-  durations.num: {value: 3}
+  durations.num: {value: 2}
   trainer.global_batch_size: {value: 16}
   trainer.log_every_n_steps: {value: 4}
   trainer.checkpoint_every_s: {value: 1.0e-9}
@@ -49,6 +49,7 @@ import os, sys, time
 rows = iter(range(1, 10**9))
 def wait(event, args):
     if event == "open" and str(args[0]).endswith("/metrics.jsonl") and args[2] & os.O_RDWR and next(rows) == 3:
+        open(os.environ["GO_ON_IF"] + ".waits", "w").close()
         while not os.path.exists(os.environ["GO_ON_IF"]):
             time.sleep(0.02)
 sys.addaudithook(wait)
@@ -67,11 +68,10 @@ def start(server: Server, tmp_path: Path, *command: str) -> "subprocess.Popen[st
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | server.environment
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")]),
         "GO_ON_IF": str(tmp_path / "go"),
         "WANDB_DIR": str(tmp_path),
         "WANDB_SILENT": "false",
-        "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2",
     }
     return subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -103,10 +103,10 @@ def sovit(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "sovit.cli", *arguments]
 
 
-def begun(server: Server, cells: tuple[Cell, ...], run_id: str) -> tuple[Cell, int]:  # noqa: F811
-    """The cell that a run at W&B is, once its first rows have arrived there, and the process that has it."""
-    until(lambda: run_id in server.runs and server.runs[run_id]["history"], "the first rows have arrived")
-    cell = next(cell for cell in cells if str(cell.shape) == server.runs[run_id]["args"]["shape"])
+def waiting(server: Server, tmp_path: Path, cells: list[Cell]) -> tuple[Cell, int]:  # noqa: F811
+    """The first cell that is handed out, once it waits in the middle of its training, and its process."""
+    until((tmp_path / "go.waits").exists, "the first cell trains")
+    cell = next(cell for cell in cells if str(cell.shape) == server.runs["r1"]["args"]["shape"])
     holder = claims.holder(cell.run_dir)
     assert holder is not None
     return cell, holder.pid
@@ -125,7 +125,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return evaluations(folder / "runs")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_wandbs_own_commands_run_a_sweep_and_a_preempted_cell_goes_on_as_the_same_run(
     server: Server,  # noqa: F811
@@ -139,7 +139,7 @@ def test_wandbs_own_commands_run_a_sweep_and_a_preempted_cell_goes_on_as_the_sam
     assert f"wandb agent {ENTITY}/{PROJECT}/sweep1" in created
     agent = start(server, tmp_path, "wandb", "agent", f"{ENTITY}/{PROJECT}/sweep1")
     with ends(agent, tmp_path / "runs"):
-        _, process = begun(server, cells, "r1")
+        _, process = waiting(server, tmp_path, cells)
         os.kill(process, signal.SIGTERM)
         (tmp_path / "go").touch()
         output = said(agent)
@@ -169,7 +169,7 @@ def test_what_a_killed_agent_leaves_is_finished_in_the_same_sweep_and_can_be_pul
     made = plan(load_sweep(file))
     process = start(server, tmp_path, *sovit("wandb", "sweep", str(file), "--workers", "1"))
     with ends(process, tmp_path / "runs"):
-        cell, worker = begun(server, made.cells, "r1")
+        cell, worker = waiting(server, tmp_path, made.cells)
         agent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(agent, signal.SIGKILL)
         os.kill(worker, signal.SIGKILL)
@@ -183,6 +183,8 @@ def test_what_a_killed_agent_leaves_is_finished_in_the_same_sweep_and_can_be_pul
         assert (run["state"], run["sweep"]) == ("finished", "sweep1")
         assert_whole(server, name, made.runs_dir / "pair" / run["displayName"])
     assert server.runs["r1"]["displayName"] == cell.run_id
+    folders = {path.name for path in (tmp_path / "runs" / "pair").iterdir() if path.is_dir()}
+    assert {name for name in folders if name[0] != "."} == {cell.run_id for cell in made.cells}, "taken for a run"
     assert evaluations(tmp_path / "runs") == undisturbed
 
     again = said(start(server, tmp_path, *sovit("wandb", "sweep", str(file))))

@@ -244,12 +244,13 @@ class Server:
         return {"project": {"run": self._node(run) if run and run["project"] == v["project"] else None}}
 
     def op_Runs(self, v: dict[str, Any]) -> dict[str, Any]:
-        wanted = {
-            key: value for part in json.loads(v["filters"] or "{}").get("$and", []) for key, value in part.items()
-        }
-        runs = [run for run in self.runs.values() if run["project"] == v["project"]]
-        if "sweep" in wanted:
-            runs = [run for run in runs if run["sweep"] == wanted["sweep"]]
+        filters = json.loads(v["filters"] or "{}")
+        wanted = {key: value for part in filters.get("$and", [filters]) for key, value in part.items()}
+        runs = [
+            run
+            for run in self.runs.values()
+            if run["project"] == v["project"] and all(run[key] == value for key, value in wanted.items())
+        ]
         first, count = int(v.get("cursor") or 0), v.get("perPage") or 50
         page = runs[first : first + count]
         edges = [{"node": self._node(run), "cursor": str(first + k + 1)} for k, run in enumerate(page)]
@@ -283,6 +284,31 @@ class Server:
             line for line in self.runs[v["run"]]["history"] if v["minStep"] <= json.loads(line)["_step"] < v["maxStep"]
         ]
         return {"project": {"run": {"history": lines}}}
+
+    # reports, which W&B calls views
+
+    def op_ProjectViews(self, v: dict[str, Any]) -> dict[str, Any]:
+        edges = [{"node": view, "cursor": str(k)} for k, view in enumerate(self.views, 1)]
+        return {"project": {"allViews": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}}
+
+    def op_GetProjects(self, v: dict[str, Any]) -> dict[str, Any]:
+        project = {"__typename": "Project", "id": "p1", "name": PROJECT, "entityName": ENTITY, "createdAt": SINCE,
+                   "isBenchmark": False, "user": None}  # fmt: skip
+        info = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"edges": [{"node": project}], "pageInfo": info}}
+
+    def op_ProjectInternalId(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"id": "p1", "internalId": "1"}}
+
+    def op_upsertView(self, v: dict[str, Any]) -> dict[str, Any]:
+        view = next((view for view in self.views if view["id"] == v["id"]), None)
+        inserted = view is None
+        if view is None:
+            view = {"id": f"view{len(self.views) + 1}", "user": {"username": ENTITY}}
+            self.views.append(view)
+        view |= {key: v[key] for key in ("name", "displayName", "description", "type", "spec")}
+        view |= {"project": {"id": "p1", "name": PROJECT, "entityName": ENTITY}, "createdAt": SINCE, "updatedAt": SINCE}
+        return {"upsertView": {"view": view, "inserted": inserted}}
 
     # what is not GraphQL
 

@@ -48,8 +48,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     dashboard = actions.add_parser(
         "dashboard",
         help="write a report at W&B that draws a sweep",
-        description="Write a report at W&B, or bring it up to date: error against compute by arm, isocompute curves, parallel "
-        "coordinates, throughput and loss of the finished runs. Needs wandb-workspaces: pip install 'sovit[dashboard]'.",
+        description="Write a report at W&B, or bring it up to date: error against compute by arm, isocompute curves, "
+        "parallel coordinates, throughput and loss of the finished runs. Needs: pip install wandb-workspaces.",
     )
     dashboard.add_argument("path", metavar="ENTITY/PROJECT")
     dashboard.add_argument("--sweep", metavar="NAME", help="the name its runs were trained under, if there are several")

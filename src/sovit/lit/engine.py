@@ -38,7 +38,7 @@ from sovit.lit import checkpoints
 from sovit.lit.callbacks import Diverged, Ema, Evaluate, Log, Resume, Stopped, Watch
 from sovit.lit.data import FractalData, world_of
 from sovit.lit.evaluation import Evaluation
-from sovit.lit.loggers import MetricsFile, finish, make_loggers
+from sovit.lit.loggers import finish, make_loggers
 from sovit.lit.module import LOSSES, LitClassifier
 from sovit.models.vit import build_vit
 from sovit.optim import build_optimizer
@@ -93,8 +93,9 @@ def _run_held(cfg: RunConfig, directory: Path, claim: claims.Claim) -> int:
     claim.check()
     records.write_json(directory / records.RUN, record, durable=True)
 
-    # The rows of metrics.jsonl are written by the Log callback, which knows where they end.
-    loggers = [logger for logger in make_loggers(cfg, directory) if not isinstance(logger, MetricsFile)]
+    loggers = make_loggers(
+        cfg, directory
+    )  # metrics.jsonl is written by the Log callback, which knows where its rows end
     work = _Work(cfg, plan, growing, loggers, started - record["wall_s"])
     code, reason = ERROR, None
     try:

@@ -1,4 +1,4 @@
-"""Where training metrics go: always a local JSON-lines file, and Weights & Biases beside it when it can be had."""
+"""Where training metrics go beside the local files: to Weights & Biases, when it can be had."""
 
 from __future__ import annotations
 
@@ -16,30 +16,6 @@ from sovit import records
 from sovit.config import RunConfig, model_geometry, shape_of
 from sovit.flops import forward_gflops
 from sovit.launch.wandb import run as wandb_run
-
-
-class MetricsFile(Logger):
-    """Appends every metric to ``metrics.jsonl`` as it comes. (Lightning's CSVLogger deletes its file on a resume.)"""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self._directory = directory
-
-    @property
-    def name(self) -> str:
-        return self._directory.parent.name
-
-    @property
-    def version(self) -> str:
-        return self._directory.name
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        # What hangs on the clock is not written, so that two runs of one cell leave the same file.
-        kept = {key: value for key, value in metrics.items() if not key.startswith("perf/")}
-        records.append_lines(self._directory / records.METRICS, [{"step": step, **kept}])
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The resolved configuration stands in run.json."""
 
 
 class QuietWandb(Logger):
@@ -83,8 +59,8 @@ class QuietWandb(Logger):
 
 
 def make_loggers(cfg: RunConfig, directory: Path) -> list[Logger]:
-    """The metrics file, and a W&B run unless it is switched off or cannot be had (one warning line, never an error)."""
-    loggers: list[Logger] = [MetricsFile(directory)]
+    """A W&B run, unless it is switched off or cannot be had (one warning line, never an error)."""
+    loggers: list[Logger] = []
     if cfg.logger.name == "wandb" and os.environ.get("WANDB_MODE") != "disabled":
         try:
             live = _start(cfg, directory)

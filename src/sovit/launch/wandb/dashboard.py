@@ -5,6 +5,7 @@ It draws what the finished runs there have logged, and nothing else. It fits no 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +25,13 @@ def dashboard(path: str, sweep: str | None, metric: tuple[str, int]) -> tuple[st
     ``sweep`` is the name its runs were trained under; it may be left out where the project has one. ``metric``: (data set,
     shots). Raises ValueError if the library or the login is missing, or if W&B has no such finished runs.
     """
+    wandb_run.quiet()
     try:
-        import wandb_workspaces.reports.v2 as library
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the library's own deprecations are not the user's business
+            import wandb_workspaces.reports.v2 as library
     except ImportError:
-        raise ValueError("The dashboard needs wandb-workspaces; run `pip install 'sovit[dashboard]'`.") from None
+        raise ValueError("The dashboard needs wandb-workspaces; run `pip install wandb-workspaces`.") from None
     entity, _, project = path.partition("/")
     if not NAME.fullmatch(entity) or not NAME.fullmatch(project):
         raise ValueError(f"{path!r} is not ENTITY/PROJECT; the address of the project at W&B ends so.")
@@ -89,7 +93,7 @@ def _blocks(library: Any, report: Any, name: str, error: str, logged: set[str], 
     def slices(dimension: str) -> list[Any]:
         return [
             library.ScatterPlot(
-                title=f"Error after {_label(key)} against {DIMENSIONS[dimension].lower()}",
+                title=f"Error after {_label(key)} against {dimension}",
                 x=library.Config(dimension),
                 y=library.SummaryMetric(key),
                 log_x=True,
@@ -115,9 +119,14 @@ def _blocks(library: Any, report: Any, name: str, error: str, logged: set[str], 
         title = f"{DIMENSIONS[dimension]}: the arm and the center" if star else DIMENSIONS[dimension]
         blocks += [library.H2(title), grid(slices(dimension), *on)]
         if star:
-            blocks.append(grid([curves(f"Error against compute, {DIMENSIONS[dimension].lower()}")], *on))
-    panels = {LOSS: "Training loss", RATE: "Images per second"}
+            blocks.append(grid([curves(f"Error against compute, {dimension}")], *on))
+    panels = {LOSS: "Training loss", RATE: "Images per second"}  # a run that was sent afterwards has no rates over time
     found = [library.LinePlot(title=title, x=STEP, y=[key]) for key, title in panels.items() if key in logged]
+    if wandb_run.IMAGES_PER_S in logged:
+        x, y = library.Config("forward_gflops"), library.SummaryMetric(wandb_run.IMAGES_PER_S)
+        found.append(
+            library.ScatterPlot(title="Throughput against the size of a shape", x=x, y=y, log_x=True, log_y=True)
+        )
     return [*blocks, library.H2("Training"), grid(found)] if found else blocks
 
 

@@ -51,6 +51,7 @@ def push(sweep: Path, say: Callable[[str], None] = print) -> Sent:
 
     Raises ValueError if the directory holds no runs, or if W&B cannot be reached.
     """
+    wandb_run.quiet()
     directories = sorted(path.parent for path in sweep.glob(f"*/{records.RUN}"))
     if not directories:
         raise ValueError(f"{sweep} holds no runs; give the directory of a sweep, such as runs/star_tiny.")
@@ -165,6 +166,7 @@ def pull(path: str, runs_dir: Path, name: str | None = None) -> Pulled:
         raise ValueError(f"{path!r} is not ENTITY/PROJECT/SWEEP; `wandb sweep` prints it.")
     if name is not None and not NAME.fullmatch(name):
         raise ValueError(f"--name {name!r} would be a directory; use letters, digits, '_', '.', '+', '-'.")
+    wandb_run.quiet()
     api = connect()
     outcome = Pulled()
     try:

@@ -27,6 +27,7 @@ from sovit.shape import Shape, parse_shape
 
 WANDB = "wandb.json"
 FILES = (records.RUN, records.EVALS, records.METRICS)  # uploaded at the end of a run
+IMAGES_PER_S = "images_per_s"  # in the record, and so in the summary
 STOPPED, HELD = 75, 76  # exit codes of a cell: stopped by a signal, taken over by another process
 FINISH_TIMEOUT_S = 60.0  # how long a finished cell waits for its upload; sovit wandb push sends what is left over
 FLUSH_S = 1.0  # a killed process loses this much of its offline file (W&B's default: 15 s)
@@ -168,7 +169,8 @@ class Live:
             found = _evaluations(self.directory)
             record = records.read_run(self.directory) or {}
             final = found[-1][1] if found else {}
-            self.run.summary.update({**final, **_isocompute(self.directory), "status": record.get("status", "")})
+            known = {key: record[key] for key in ("status", IMAGES_PER_S) if record.get(key)}
+            self.run.summary.update({**final, **isocompute(self.directory), **known})
             for path in (self.directory / name for name in FILES):
                 if path.exists():
                     self.run.save(str(path), base_path=str(self.directory), policy="now", glob=False)
@@ -181,6 +183,7 @@ def start(identity: Identity, told: Mapping[str, Any], directory: Path, *, mode:
     The id and the sweep are given as settings, and taken out of the environment: wandb.init ignores an id, a project and an
     entity of its own while the environment names a sweep.
     """
+    quiet()
     config = {**parameters(), **told["config"]}
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RESUME"):
         os.environ.pop(name, None)
@@ -277,7 +280,7 @@ def slice_key(error: str, duration: str) -> str:
     return f"isocompute{error.removeprefix('eval')}/{duration.replace('.', ',')}"
 
 
-def _isocompute(directory: Path) -> dict[str, float]:
+def isocompute(directory: Path) -> dict[str, float]:
     """Every error after every duration: W&B draws a dimension of the shape against nothing but the summary."""
     found: dict[str, float] = {}
     for rows in _by_step(directory).values():
@@ -285,6 +288,11 @@ def _isocompute(directory: Path) -> dict[str, float]:
             errors = (item for item in metrics_of(rows).items() if item[0].startswith("eval/"))
             found |= {slice_key(key, rows[0]["duration"]): value for key, value in errors}
     return found
+
+
+def quiet() -> None:
+    """Keep wandb's notes off the terminal, unless WANDB_SILENT says otherwise. To be called before wandb is imported."""
+    os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def logged_in() -> bool:

@@ -29,6 +29,7 @@ from sovit.launch.sweep import Sweep
 from sovit.launch.wandb import run as wandb_run
 
 SWEEPS = "wandb_sweep.json"
+AGENTS = ".agents"  # beside the runs; the point keeps it from being taken for one
 POLL_S = 1.0
 GRACE_S = 45.0  # for the cells to write their checkpoints, and for the agents to see them end
 
@@ -100,7 +101,7 @@ def run_agents(path: str, plan: Plan) -> int:
     A signal is passed on once: the cells write their checkpoints and W&B hands them out again.
     """
     folder = plan.runs_dir.absolute() / plan.name
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / AGENTS).mkdir(parents=True, exist_ok=True)
     gpus = visible_gpus() if plan.cells[0].accelerator == "gpu" else []
     received: list[int] = []
     with _signals(received):
@@ -118,16 +119,15 @@ def run_agents(path: str, plan: Plan) -> int:
 
 def _agent(path: str, folder: Path, number: int, gpu: str | None) -> subprocess.Popen[bytes]:
     environment = os.environ | {
-        "PATH": os.pathsep.join(
-            [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-        ),  # the agent starts `python`
-        "WANDB_DIR": str(folder),
+        # The agent starts `python`.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "WANDB_DIR": str(folder / AGENTS),
         "WANDB_AGENT_DISABLE_FLAPPING": "true",  # failed and diverged cells are results, not a reason to give up
         "WANDB_AGENT_MAX_INITIAL_FAILURES": str(10**9),
     }
     environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", path]
-    with (folder / f"agent-{number}.log").open("ab") as log:
+    with (folder / AGENTS / f"agent-{number}.log").open("ab") as log:
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
