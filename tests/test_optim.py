@@ -7,6 +7,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
@@ -384,6 +385,7 @@ def test_lightning_clips_in_mixed_precision_and_scales_every_group(name):
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
+        plugins=[LightningEnvironment()],  # else it remarks on Slurm where that is installed
         precision="bf16-mixed",
         max_epochs=1,
         gradient_clip_val=1.0,
