@@ -7,7 +7,6 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
@@ -377,6 +376,7 @@ class Regression(lightning.LightningModule):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's use of torch
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")  # where Slurm is installed
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_lightning_clips_in_mixed_precision_and_scales_every_group(name):
     """Fused AdamW as torch makes it is refused here ("does not allow for gradient clipping")."""
@@ -385,7 +385,6 @@ def test_lightning_clips_in_mixed_precision_and_scales_every_group(name):
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        plugins=[LightningEnvironment()],  # else it remarks on Slurm where that is installed
         precision="bf16-mixed",
         max_epochs=1,
         gradient_clip_val=1.0,
