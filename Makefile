@@ -53,9 +53,10 @@ lint: setup  ## check style and types
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: setup  ## measure the loader and the two ways to get several durations from one run
+bench: setup  ## measure the loader, the two ways to get several durations from one run, and the plan against the clock
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/durations.py
+	$(BIN)/python benchmarks/planned.py
 
 .PHONY: bench-analysis
 bench-analysis: setup  ## measure the fit: efficiency, coverage, alarms, promises, laws, power (over an hour)
