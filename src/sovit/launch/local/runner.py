@@ -11,16 +11,13 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 
 from sovit import claims, records
 from sovit.claims import LEASE_S
@@ -30,6 +27,7 @@ from sovit.launch.local.others import Others, take_verdict
 from sovit.launch.local.outcome import conclude, judge
 from sovit.launch.local.retry import MAX_RETRIES, check_factor, retry_cell
 from sovit.launch.plan import Plan, visible_gpus
+from sovit.launch.signals import collected
 from sovit.launch.state import (
     BUSY,
     CUT,
@@ -90,7 +88,7 @@ def run_sweep(
     if any(state.state in (WAITING, BUSY) for state in states):
         if sweep is not None:
             keep(sweep, home)
-        with open_display(plan, states, metric) as display, _signals(received):
+        with open_display(plan, states, metric) as display, collected(received):
             runner = _Workers(plan, states, target, preload, display, lease)
             runner.retry = lambda state: _add_retry(states, state, retry_diverged, retry_failed)
             runner.work(received)
@@ -318,18 +316,3 @@ def _child(target: str, overrides: list[str], log: str, gpu: str | None) -> None
 def _die_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)  # nobody is left to read it
-
-
-@contextmanager
-def _signals(received: list[int]) -> Iterator[None]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of dying of them."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

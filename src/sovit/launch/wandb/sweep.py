@@ -13,17 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
 
 from sovit import claims, records
 from sovit.launch.plan import Plan, visible_gpus
+from sovit.launch.signals import collected
 from sovit.launch.state import DONE, state_on_disk, summary
 from sovit.launch.sweep import Sweep
 from sovit.launch.wandb import run as wandb_run
@@ -104,7 +104,7 @@ def run_agents(path: str, plan: Plan) -> int:
     (folder / AGENTS).mkdir(parents=True, exist_ok=True)
     gpus = visible_gpus() if plan.cells[0].accelerator == "gpu" else []
     received: list[int] = []
-    with _signals(received):
+    with collected(received):
         agents = [_agent(path, folder, k, gpus[k % len(gpus)] if gpus else None) for k in range(plan.workers)]
         told = ""
         while any(agent.poll() is None for agent in agents) and not received:
@@ -178,18 +178,3 @@ def _tell(plan: Plan, told: str) -> str:
 def all_done(plan: Plan) -> bool:
     """Whether every cell of the plan is done."""
     return all(state_on_disk(cell.run_dir)[0] == DONE for cell in plan.cells)
-
-
-@contextmanager
-def _signals(received: list[int]) -> Iterator[None]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of dying of them."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
