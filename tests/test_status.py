@@ -366,7 +366,7 @@ def test_points_of_runs_in_progress_promise_the_exponents_a_finished_star_would(
 
 
 def test_the_promise_is_the_information_of_the_points(tmp_path: Path) -> None:
-    """Four times the points at the same law and noise promise half the standard error."""
+    """The standard error is what the sizes and durations carry at the true law, counted here from them alone."""
     import numpy as np
 
     from sovit.analysis.planning.information import Spread, arm, expect
@@ -379,7 +379,7 @@ def test_the_promise_is_the_information_of_the_points(tmp_path: Path) -> None:
     x, times, runs = np.repeat(sizes, 5), np.tile(t, 6), np.repeat(np.arange(6), 5)
     law = Law(0.06 * 8**0.5, 0.5, 0.25 * 50**0.4 * 8**-0.3, 0.3, 0.05 * 50**0.4, 0.4, 0.02)
     expected = expect(arm("depth", law, Spread(0.002, 0.0007), x, times, runs))
-    assert found["depth"].stderr / found["depth"].s == pytest.approx(expected.log_se, rel=0.8)
+    assert found["depth"].stderr / found["depth"].s == pytest.approx(expected.log_se, rel=0.1)
 
 
 def test_too_few_points_are_said_to_be_and_load_nothing_heavy(tmp_path: Path) -> None:
