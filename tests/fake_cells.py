@@ -16,9 +16,9 @@ from typing import Any
 
 from claimants import pose
 from sovit import claims, records
-from sovit.config import ModelConfig, RunConfig
 from sovit.launch.local.runner import run_sweep
 from sovit.launch.plan import Cell, Plan
+from sovit.schema import ModelConfig, RunConfig
 from sovit.shape import Shape
 
 TARGET = "fake_cells:run"

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "sovit"
 # Floors from the ground up; a module may import from its own floor and from those below.
 FLOORS = [
     ["sovit", "sovit.strict", "sovit.overrides", "sovit.shape", "sovit.flops", "sovit.duration", "sovit.schedule"],
-    ["sovit.config", "sovit.records", "sovit.claims"],
+    ["sovit.schema", "sovit.config", "sovit.records", "sovit.claims"],
     ["sovit.analysis"],
     ["sovit.launch"],
     ["sovit.data", "sovit.models", "sovit.fewshot", "sovit.optim"],

@@ -37,6 +37,7 @@ _NOT_IDENTITY = {
     "center": None,
     "retry_of": None,
     "logger": None,
+    "parallel": None,
     "data": ("num_workers",),
     "optim": ("diverged_above",),  # a run that is not stopped trains the same
     "trainer": ("log_every_n_steps", "checkpoint_every_s", "keep_checkpoint"),

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sovit.config import EVAL_DATASETS, check_overrides
+from sovit.config import check_overrides
+from sovit.schema import EVAL_DATASETS
 from sovit.strict import ConfigError, nearest, read_yaml
 
 TOP_LEVEL_KEYS = {"program", "command", "method", "metric", "name", "description", "project", "entity", "parameters"}

@@ -32,10 +32,11 @@ from sovit.analysis.planning.information import (
 )
 from sovit.analysis.points import Dimensions
 from sovit.analysis.star import HEADLINE
-from sovit.config import DurationsConfig, RunConfig, eval_steps, model_geometry, shape_of
+from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
 from sovit.duration import Duration
 from sovit.flops import forward_gflops
 from sovit.schedule import segments, steps_trained
+from sovit.schema import DurationsConfig
 
 LEAST_STEPS = 100  # at the first duration; the tiny star's wide end, with 33, does not follow the law
 _SPANS = (32.0, 16.0, 10.0)  # longest over shortest duration; more than 32 adds next to nothing

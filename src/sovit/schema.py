@@ -1,0 +1,205 @@
+"""The schema of the configuration: every key with its type, its default, and what single values may be.
+
+Plain dataclasses and tables; `sovit.config` composes, fills in and checks. Importing this module loads nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# The annotations below are Optional[...] and Union[...] because OmegaConf reads them at run time.
+
+
+@dataclass
+class ModelConfig:
+    """The vision transformer apart from its shape, and single dimensions to replace in the shape."""
+
+    width: int | None = None  # replaces the width of `shape`; so do depth and mlp_dim
+    depth: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None  # give num_heads or head_dim; a named shape brings its own heads
+    head_dim: int | None = None
+    patch_size: int | None = None
+    image_size: int = 224
+    channels: int = 3
+    pool: str = "map"  # map | avg | token
+    pos_embed: str = "learned"  # learned | sincos2d
+    init: str = "big_vision"  # big_vision | fan_in
+    head_bias: float = 0.0
+    drop_path_rate: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    """The embedded procedural images. Image i of a stream is a pure function of (seed, i)."""
+
+    name: str = "fractals"
+    seed: int = 0  # which categories exist; the run's seed picks the stream of images
+    num_classes: int = 256
+    num_heldout: int = 64
+    rotation: float = 1.57  # radians at full jitter: the knob for how hard the task is
+    num_workers: int = 0
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and the learning-rate rule across shapes (see sovit.optim)."""
+
+    name: str = "adamw"  # adamw | adafactor
+    loss: str = "softmax"  # softmax | sigmoid
+    lr: float = 1e-3
+    lr_rule: str = "constant"  # constant | by_shape
+    base_width: int = 64  # lr_rule=by_shape: the shape whose matrices train at exactly `lr`
+    base_depth: int = 4
+    base_mlp_dim: int = 128
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    head_weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    diverged_above: float | None = (
+        10.0  # a loss above so many times the first step's ends a run; null: only nan and inf
+    )
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate schedule over steps (see sovit.schedule)."""
+
+    kind: str = "rsqrt"  # rsqrt | constant | cosine
+    warmup_steps: int = 0
+    timescale: int = 10_000
+    cooldown: float = 0.0  # of a branch: steps, or a fraction of its duration if below 1
+
+
+@dataclass
+class DurationsConfig:
+    """When to evaluate: explicit values, or `num` geometrically spaced from `first` to `last`, in any unit."""
+
+    values: list[str] | None = None
+    first: str | None = None
+    last: str | None = None
+    num: int | None = None
+
+
+@dataclass
+class EvalConfig:
+    """Few-shot evaluation (see sovit.fewshot)."""
+
+    datasets: list[str] = field(default_factory=lambda: ["fractals", "digits"])
+    shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
+    num_draws: int = 3
+    l2_reg: float | str = 1024.0  # a ridge value, or "loo": leave-one-out on the support set
+    weights: str = "ema"  # ema | cooled | trunk
+    ema_horizon: float = 0.1  # averaging window as a share of the steps so far
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"  # auto | cpu | gpu
+    precision: str = "32-true"
+    num_threads: int = 1
+    global_batch_size: int = 128
+    max_steps: int | None = None  # stop early; longer durations are left out
+    log_every_n_steps: int = 50
+    checkpoint_every_s: float = 20.0
+    keep_checkpoint: bool = False  # keep the last resume point of a finished run
+
+
+@dataclass
+class ParallelConfig:
+    """How a run is spread over devices. Changes no number but for the order of sums, so a run may go on under another."""
+
+    kind: str = "single"  # single | ddp | fsdp
+    devices: int | None = None  # processes on each node, one device each; null: the launcher's, or all GPUs of the node
+    nodes: int = 1
+    shard: int | None = None  # fsdp: processes that share one copy of the weights; null: all those of a node
+    micro_batch: int | None = None  # images per process and forward pass; null: what the memory estimate allows
+    checkpointing: str = "auto"  # auto | none | selective | full: activations computed again in the backward pass
+    compile: bool | None = None  # torch.compile of each block; null: on a GPU
+
+
+@dataclass
+class LoggerConfig:
+    name: str = "wandb"  # wandb | none; the local files are written in either case
+    project: str = "sovit"
+    entity: str | None = None
+    mode: str = "auto"  # auto (online when logged in, else offline) | online | offline
+    init_timeout_s: int = 10
+
+
+@dataclass
+class RunConfig:
+    """Everything one run depends on."""
+
+    name: str = "run"  # the sweep's name; its records go to <runs_dir>/<name>
+    shape: str = "32x4x128"  # WIDTHxDEPTHxMLP or NAME[/PATCH]
+    seed: int = 0
+    tag: str = ""  # told apart in the run id, for cells that differ in more than shape and seed
+    runs_dir: str = "runs"
+    center: str | None = None  # the shape a star varies around; tells its arms apart in W&B, changes no number
+    retry_of: str = ""  # run id of the diverged run that this one repeats at a lower learning rate
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    durations: DurationsConfig = field(default_factory=DurationsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.pool": ("map", "avg", "token"),
+    "model.pos_embed": ("learned", "sincos2d"),
+    "model.init": ("big_vision", "fan_in"),
+    "data.name": ("fractals",),
+    "optim.name": ("adamw", "adafactor"),
+    "optim.loss": ("softmax", "sigmoid"),
+    "optim.lr_rule": ("constant", "by_shape"),
+    "schedule.kind": ("rsqrt", "constant", "cosine"),
+    "eval.weights": ("ema", "cooled", "trunk"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+    "parallel.kind": ("single", "ddp", "fsdp"),
+    "parallel.checkpointing": ("auto", "none", "selective", "full"),
+    "logger.name": ("wandb", "none"),
+    "logger.mode": ("auto", "online", "offline"),
+}
+POSITIVE = (
+    "model.image_size",
+    "model.channels",
+    "data.num_classes",
+    "data.num_heldout",
+    "optim.lr",
+    "optim.base_width",
+    "optim.base_depth",
+    "optim.base_mlp_dim",
+    "schedule.timescale",
+    "eval.num_draws",
+    "eval.ema_horizon",
+    "trainer.num_threads",
+    "trainer.global_batch_size",
+    "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_s",
+    "parallel.nodes",
+    "logger.init_timeout_s",
+)
+NOT_NEGATIVE = (
+    "data.seed",
+    "data.num_workers",
+    "optim.weight_decay",
+    "optim.head_weight_decay",
+    "schedule.warmup_steps",
+    "schedule.cooldown",
+)
+RANGES: dict[str, tuple[float, float]] = {  # from, up to but without
+    "seed": (0, 2**23),  # a stream of images each
+    "data.rotation": (0, 4),
+    "model.image_size": (1, 257),  # of the embedded images
+    "model.drop_path_rate": (0, 1),
+    "optim.beta1": (0, 1),
+    "optim.beta2": (0, 1),
+}
+EVAL_DATASETS = ("fractals", "digits")
