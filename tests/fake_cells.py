@@ -11,11 +11,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fake_rank
 from claimants import pose
 from sovit import claims, records
+from sovit.launch import processes
 from sovit.launch.local.runner import run_sweep
 from sovit.launch.plan import Cell, Plan
 from sovit.schema import ModelConfig, RunConfig
@@ -31,9 +34,14 @@ def config_of(root: Path, tag: str) -> RunConfig:
 
 
 def plan(
-    root: Path, deeds: dict[str, str], workers: int = 2, config_hash: str = "abc", accelerator: str = "cpu"
+    root: Path,
+    deeds: dict[str, str],
+    workers: int = 2,
+    config_hash: str = "abc",
+    accelerator: str = "cpu",
+    devices: Sequence[int] = (),
 ) -> Plan:
-    """A plan of one cell for each name; the first is expected to take longest."""
+    """A plan of one cell for each name; the first is expected to take longest. ``devices`` of each, 1 unless given."""
     cells = [
         Cell(
             overrides=[str(root), name, deed, config_hash],
@@ -52,6 +60,7 @@ def plan(
             seconds=100.0 - number,
             accelerator=accelerator,
             num_threads=1,
+            devices=devices[number] if devices else 1,
         )
         for number, (name, deed) in enumerate(deeds.items())
     ]
@@ -86,7 +95,11 @@ def directory_of(root: Path, name: str, retry: dict[str, str]) -> Path:
 
 
 def run(overrides: list[str]) -> int:
-    """The cell. Deeds: done, slow, gate, fail, crash, diverge, steep, die, die_once, meet, hang, stubborn, lie."""
+    """The cell. Deeds: done, slow, gate, fail, crash, diverge, steep, die, die_once, meet, hang, stubborn, lie.
+
+    memory: out of device memory in the first two starts; starved: in every one; orphan: in the first start another process
+    of the cell died; ranks: two processes that wait for ever.
+    """
     root, name, deed, config_hash = Path(overrides[0]), *overrides[1:4]
     retry = dict(item.split("=") for item in overrides[4:])
     directory = directory_of(root, name, retry)
@@ -136,6 +149,13 @@ def _do(
         return 3
     if deed == "die" or (deed == "die_once" and tries == 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "starved" or (deed == "memory" and tries < 3):
+        return 77
+    if deed == "orphan" and tries == 1:
+        end("failed", "RuntimeError: connection closed by peer")
+        return 128 + signal.SIGKILL
+    if deed == "ranks":
+        return processes.start([str(root), "stubborn"], devices=2, target=(fake_rank.__file__,))
     if deed == "lie":
         return 0
     if deed == "slow":

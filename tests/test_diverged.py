@@ -15,6 +15,7 @@ from sovit.analysis.points import load_points
 from sovit.config import ConfigError, RunConfig
 from sovit.lit import checkpoints, engine
 from sovit.lit.callbacks import WATCH_EVERY
+from sovit.lit.module import LitClassifier
 
 LONG = ("durations.values=[60 steps]", "eval.shots=[1]", "eval.num_draws=1", "trainer.log_every_n_steps=1000")
 
@@ -30,13 +31,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Let the loss of a step, and of every step after it, be changed by a function."""
 
     def arrange(step: int, change: Any, only: bool = False) -> None:
-        original = engine.LitClassifier.training_step
+        original = LitClassifier.loss_of
 
-        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
-            loss, now = original(self, batch, batch_idx), self.global_step + 1
+        def loss_of(self: Any, *batch: Any) -> Any:
+            loss, now = original(self, *batch), self.global_step + 1
             return change(loss) if now == step or (now > step and not only) else loss
 
-        monkeypatch.setattr(engine.LitClassifier, "training_step", training_step)
+        monkeypatch.setattr(LitClassifier, "loss_of", loss_of)
 
     yield arrange
     monkeypatch.undo()
@@ -104,13 +105,13 @@ def test_gradients_that_are_not_finite_are_seen_though_the_loss_is(
         def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
             return gradient * math.inf
 
-    original = engine.LitClassifier.training_step
+    original = LitClassifier.loss_of
 
-    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
-        loss = original(self, batch, batch_idx)
+    def loss_of(self: Any, *batch: Any) -> Any:
+        loss = original(self, *batch)
         return Poison.apply(loss) if self.global_step == 24 else loss
 
-    monkeypatch.setattr(engine.LitClassifier, "training_step", training_step)
+    monkeypatch.setattr(LitClassifier, "loss_of", loss_of)
     cfg = small(tmp_path, *LONG, f"optim.clip_norm={clip}")
     assert engine.run(cfg) == engine.DIVERGED
     assert record_of(cfg)["diverged_step"] == 25
@@ -120,15 +121,15 @@ def test_gradients_that_are_not_finite_are_seen_though_the_loss_is(
 def test_a_weight_that_is_not_finite_is_seen_though_loss_and_gradients_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = engine.LitClassifier.training_step
+    original = LitClassifier.loss_of
 
-    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+    def loss_of(self: Any, *batch: Any) -> Any:
         if self.global_step == 10:
             with torch.no_grad():
                 self.trained[-1].fill_(math.nan)
-        return original(self, batch, batch_idx) * 0 if self.global_step < 10 else torch.zeros((), requires_grad=True)
+        return original(self, *batch) * 0 if self.global_step < 10 else torch.zeros((), requires_grad=True)
 
-    monkeypatch.setattr(engine.LitClassifier, "training_step", training_step)
+    monkeypatch.setattr(LitClassifier, "loss_of", loss_of)
     cfg = small(tmp_path, *LONG)
     assert engine.run(cfg) == engine.DIVERGED
     assert record_of(cfg)["reason"] == "a parameter is not finite at step 25"
@@ -217,7 +218,7 @@ def test_the_analysis_lists_diverged_runs_and_those_that_repeat_them(tmp_path: P
         assert engine.run(cfg) == engine.OK
     broken = small(tmp_path, *given, "shape=32x1x16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.LitClassifier, "training_step", lambda self, *_: self.trained[0].sum() * math.nan)
+        patch.setattr(LitClassifier, "loss_of", lambda self, *_: self.trained[0].sum() * math.nan)
         assert engine.run(broken) == engine.DIVERGED
     name = records.run_id(broken)
     retry = small(tmp_path, *given, "shape=32x1x16", "optim.lr=0.001", "tag=retry1", f"retry_of={name}")

@@ -19,8 +19,11 @@ from sovit import claims, records, schedule
 from sovit.config import ConfigError, RunConfig, eval_steps, model_geometry, shape_of
 from sovit.flops import forward_gflops
 from sovit.lit import engine
-from sovit.lit.data import FractalData
-from sovit.lit.module import sigmoid_xent
+from sovit.lit.data import TrainData
+from sovit.lit.fit import build_module
+from sovit.lit.layout import Layout
+from sovit.lit.module import LitClassifier, sigmoid_xent
+from sovit.lit.ranks import Ranks
 
 
 @pytest.fixture
@@ -70,13 +73,13 @@ def test_a_resume_trains_only_what_is_left(
     engine.run(cfg)
     monkeypatch.undo()
     seen: list[int] = []
-    original = engine.LitClassifier.training_step
+    original = LitClassifier.training_step
 
     def spy(self: Any, batch: Any, batch_idx: int) -> Any:
         seen.append(self.global_step)
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(engine.LitClassifier, "training_step", spy)
+    monkeypatch.setattr(LitClassifier, "training_step", spy)
     assert engine.run(cfg) == engine.OK
     assert seen == list(range(17, 24))
 
@@ -119,17 +122,18 @@ def test_sigkill_at_random_moments_loses_nothing(tmp_path: Path, weights: str) -
 def plain_training(cfg: RunConfig, segment: schedule.Segment) -> Iterator[torch.nn.Module]:
     """The training loop written out without Lightning: yields the model after every step."""
     pl.seed_everything(cfg.seed, verbose=False)
-    module = engine.build_module(cfg, segment)
-    rates = [group["lr"] for group in module.optimizer.param_groups]
-    data = FractalData(cfg, segment.stop)
+    module = build_module(cfg, segment, Layout(cfg.trainer.global_batch_size, 1, "none", False), Ranks())
+    optimizer = module.configure_optimizers()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    data = TrainData(cfg, segment.stop)
     data.trainer = type("At", (), {"global_step": 0})()
     for step, (images, labels) in enumerate(data.train_dataloader()):
-        for group, rate in zip(module.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * module.lr_scale(step)
-        module.optimizer.zero_grad()
+        optimizer.zero_grad()
         module.loss(module.model(images), labels).backward()
         torch.nn.utils.clip_grad_norm_(module.model.parameters(), 1.0)
-        module.optimizer.step()
+        optimizer.step()
         yield module.model
 
 
@@ -204,13 +208,13 @@ def test_images_per_second_count_the_steps_of_this_process(
     plan = schedule.segments([8, 16, 24], weights, 0.25)  # type: ignore[arg-type]
     cfg = small(tmp_path / "a", f"eval.weights={weights}", "schedule.cooldown=0.25")
     trained: list[int] = []
-    original = engine._fit
+    original = engine.fit
 
     def spy(*args: Any, **kwargs: Any) -> int:
         trained.append(original(*args, **kwargs))
         return trained[-1]
 
-    monkeypatch.setattr(engine, "_fit", spy)
+    monkeypatch.setattr(engine, "fit", spy)
     engine.run(cfg)
     assert trained == [segment.stop - segment.start for segment in plan]
     trained.clear()
@@ -220,7 +224,7 @@ def test_images_per_second_count_the_steps_of_this_process(
         engine.run(resumed)
         patch.undo()
     monkeypatch.undo()
-    monkeypatch.setattr(engine, "_fit", spy)
+    monkeypatch.setattr(engine, "fit", spy)
     assert engine.run(resumed) == engine.OK
     assert sum(trained) == schedule.steps_trained(plan) - 5
 
@@ -258,7 +262,7 @@ def test_lightnings_own_look_at_sigterm_is_a_stop(tmp_path: Path, monkeypatch: p
 
     cfg = small(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.LitClassifier, "training_step", raise_it)
+        patch.setattr(LitClassifier, "training_step", raise_it)
         assert engine.run(cfg) == engine.STOPPED
     assert engine.run(cfg) == engine.OK
 

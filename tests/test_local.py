@@ -1,5 +1,6 @@
 """The local runner: every cell once, verdicts kept, and no process left behind, however the runner ends."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 
 import fake_cells
+import fake_rank
 from fake_cells import go, plan, starts, wait_until
 from sovit import records
+from sovit.launch.local import runner as local
 from sovit.launch.local.outcome import judge
+from sovit.launch.local.slots import Slots
 from sovit.launch.state import CellState, state_on_disk
 from sovit.launch.sweep import SweepError
 
@@ -152,6 +156,91 @@ def test_each_gpu_worker_sees_its_own_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted((cell.run_dir / "pid").read_text().split()[1] for cell in made.cells) == ["3", "5"]
 
 
+def test_a_cell_of_several_processes_has_as_many_gpus_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at once on four GPUs: of the pair and the single ones no two share."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    made = plan(tmp_path, {"a": "meet", "b": "meet", "c": "meet"}, workers=3, accelerator="gpu", devices=[2, 1, 1])
+    assert go(dataclasses.replace(made, cells_per_gpu=1)) == 0
+    seen = [(cell.run_dir / "pid").read_text().split()[1].split(",") for cell in made.cells]
+    assert [len(names) for names in seen] == [2, 1, 1]
+
+
+def slots(num_gpus: int, workers: int, devices: list[int], cells_per_gpu: int = 1) -> Slots:
+    made = plan(Path(), {str(i): "done" for i in range(len(devices))}, workers, accelerator="gpu", devices=devices)
+    return Slots(dataclasses.replace(made, cells_per_gpu=cells_per_gpu), [f"g{i}" for i in range(num_gpus)])
+
+
+def filled(free: Slots, devices: list[int]) -> list[tuple[str, ...]]:
+    """What cells get, in this order, until one has to wait."""
+    taken = []
+    for count in devices:
+        if not free.fit(count):
+            break
+        taken.append(free.take(count))
+    return taken
+
+
+def test_gpus_are_dealt_out_evenly_and_shared_only_when_asked() -> None:
+    pairs = slots(4, 2, [2, 2, 2])
+    assert filled(pairs, [2, 2, 2]) == [("g0", "g1"), ("g2", "g3")]
+    pairs.give(("g0", "g1"))
+    assert filled(pairs, [2]) == [("g0", "g1")]
+    mixed = slots(4, 3, [2, 1, 1])  # a plan of three workers for up to two GPUs each shares, but not before it must
+    assert filled(mixed, [2, 1, 1]) == [("g0", "g1"), ("g2",), ("g3",)]
+    assert filled(slots(2, 4, [1] * 5, cells_per_gpu=2), [1] * 5) == [("g0",), ("g1",), ("g0",), ("g1",)]
+    assert filled(slots(2, 5, [1] * 6), [1] * 6) == [("g0",), ("g1",), ("g0",), ("g1",), ("g0",)]  # --workers 5
+    assert filled(slots(4, 9, [4, 1], cells_per_gpu=1), [4]) == [("g0", "g1", "g2", "g3")]
+
+
+def test_a_large_cell_is_not_overtaken_for_ever() -> None:
+    """It waits for its GPUs, and what comes later waits behind it: the queue is looked at from the front."""
+    free = slots(2, 2, [1, 2, 1])
+    free.free = {"g0": 1, "g1": 1}
+    assert filled(free, [1, 2, 1]) == [("g0",)]
+
+
+def test_a_cell_this_machine_cannot_hold_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(SweepError, match=r"parallel\.devices=4, but 2 GPUs are visible here; write 2 or fewer\.$"):
+        go(plan(tmp_path, {"a": "done"}, accelerator="gpu", devices=[4]))
+    [cell] = plan(tmp_path, {"a": "done"}).cells
+    made = dataclasses.replace(plan(tmp_path, {}), cells=[dataclasses.replace(cell, nodes=2)])
+    with pytest.raises(SweepError, match=r"parallel\.nodes=2, but this is one machine; use --launcher slurm"):
+        go(made)
+    assert starts(tmp_path) == []
+
+
+def test_out_of_device_memory_starts_again_at_once_and_is_no_attempt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert go(plan(tmp_path, {"a": "memory", "b": "done"}, workers=1)) == 0
+    assert starts(tmp_path) == ["a", "a", "a", "b"]
+    assert capsys.readouterr().out.count("out of device memory; again with a smaller micro-batch") == 2
+
+
+def test_out_of_device_memory_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "RESTARTS", 1)
+    assert go(plan(tmp_path, {"a": "starved"})) == 1
+    assert starts(tmp_path) == ["a"] * (local.RESTARTS + local.ATTEMPTS)
+
+
+def test_the_failure_of_a_process_left_alone_is_no_verdict(tmp_path: Path) -> None:
+    """Another process of the cell was killed; the first one noted that its exchange failed."""
+    assert go(plan(tmp_path, {"a": "orphan"})) == 0
+    assert starts(tmp_path) == ["a", "a"]
+
+
+def test_the_processes_of_a_cell_die_with_a_runner_that_is_killed(tmp_path: Path) -> None:
+    process = runner(tmp_path, 1, a="ranks")
+    (tmp_path / "starts").touch()
+    assert wait_until(lambda: sum(len(line) > 2 for line in fake_rank.starts(tmp_path)) == 2)
+    ranks = [int(line[1]) for line in fake_rank.starts(tmp_path) if len(line) > 2]
+    process.kill()
+    assert wait_until(lambda: not any(map(alive, ranks)), seconds=20)
+
+
 def test_ctrl_c_lets_cells_write_checkpoints_and_says_how_to_go_on(tmp_path: Path) -> None:
     process = runner(tmp_path, 2, a="hang", b="hang", c="done")
     assert wait_until(lambda: len(pids(tmp_path)) == 2)
@@ -204,7 +293,10 @@ def test_a_cell_stopped_by_somebody_else_goes_on(tmp_path: Path) -> None:
     process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize(("exitcode", "word"), [(-9, "out of memory"), (77, "exit code 77"), (-15, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("exitcode", "word"),
+    [(-9, "SIGKILL (out of memory"), (137, "SIGKILL (out of memory"), (99, "exit code 99"), (-15, "SIGTERM")],
+)
 def test_the_reason_of_a_death_is_named(tmp_path: Path, exitcode: int, word: str) -> None:
     state = CellState(plan(tmp_path, {"a": "done"}).cells[0])
     verdict, reason = judge(state, exitcode, stopping=False)

@@ -12,8 +12,9 @@ from rich.console import Console
 from sovit import records
 from sovit.config import ConfigError, compose
 from sovit.launch import plan as planning
+from sovit.launch.devices import visible_gpus
 from sovit.launch.local.display import time_left
-from sovit.launch.plan import CPU, GPU, Plan, gactivations, makespan, plan, timed, visible_gpus
+from sovit.launch.plan import CPU, GPU, Plan, gactivations, makespan, plan, timed
 from sovit.launch.plan_table import plan_document, plan_table
 from sovit.launch.state import CellState
 from sovit.launch.sweep import SweepError, load_sweep

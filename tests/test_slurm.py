@@ -3,6 +3,7 @@
 What does not need a cluster is in test_slurm_launcher.py and test_slurm_task.py.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -102,7 +103,7 @@ def log(cell: Cell) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def nodes(cell: Cell) -> list[str]:
+def starts_of(cell: Cell) -> list[str]:
     """The node of each start."""
     return [line.split("node ")[1].rstrip(".") for line in log(cell).splitlines() if line.startswith("Slurm job")]
 
@@ -141,7 +142,7 @@ def test_a_cell_requeued_in_the_middle_of_a_sweep_ends_with_the_undisturbed_reco
     empty.call("scontrol", "requeue", task_of(empty, cells[1]))
     out = end(process)
     assert process.returncode == 0 and "all 4 cells are done" in out, out
-    assert [len(nodes(cell)) for cell in cells] == [1, 2, 1, 1]
+    assert [len(starts_of(cell)) for cell in cells] == [1, 2, 1, 1]
     assert "Going on from step" in log(cells[1]) and "requeued by its own task" not in log(cells[1])  # Slurm did it
     assert_as_undisturbed(cells, tmp_path)
 
@@ -151,12 +152,12 @@ def test_a_node_that_dies_costs_no_cell(empty: Cluster, tmp_path: Path) -> None:
     file, [cell] = sweep(tmp_path, "node")
     process = runner(empty, file, "real")
     in_the_middle(cell)
-    [first] = nodes(cell)
+    [first] = starts_of(cell)
     assert empty.kill_node(first)
     try:
         out = end(process)
         assert process.returncode == 0, out
-        assert len(nodes(cell)) == 2 and nodes(cell)[1] != first
+        assert len(starts_of(cell)) == 2 and starts_of(cell)[1] != first
         assert "Going on from step" in log(cell)
         assert_as_undisturbed([cell], tmp_path)
     finally:
@@ -171,7 +172,7 @@ def test_a_preempted_cell_saves_and_goes_on_afterwards(empty: Cluster, tmp_path:
     empty.call(*urgent)
     out = end(process)
     assert process.returncode == 0, out
-    assert len(nodes(cell)) == 2
+    assert len(starts_of(cell)) == 2
     assert "stopped by a signal at step" in log(cell) and log(cell).count("requeued by its own task") == 1
     assert_as_undisturbed([cell], tmp_path)
 
@@ -183,8 +184,66 @@ def test_a_cell_longer_than_its_time_limit_goes_on_in_another_start(empty: Clust
     process = runner(empty, file, "twice", options=("launcher.hours=0.0166", "launcher.signal_delay_s=20"))
     out = end(process)
     assert process.returncode == 0, out
-    assert len(nodes(cell)) == 2
+    assert len(starts_of(cell)) == 2
     assert log(cell).count("requeued by its own task") == 1
+
+
+GROUP = ("parallel=ddp", "parallel.devices=2")
+
+
+def ranks(cell: Cell, start: int = 0) -> list[dict[str, object]]:
+    """What the processes of a cell noted in a start, by rank."""
+    found = [json.loads(path.read_text()) for path in cell.run_dir.glob(f"rank*.{start}.json")]
+    return sorted(found, key=lambda note: int(note["RANK"]))
+
+
+def test_two_processes_of_a_cell_on_one_node(empty: Cluster, tmp_path: Path) -> None:
+    file, [cell] = sweep(tmp_path, "pair")
+    process = runner(empty, file, *GROUP, "group")
+    out = end(process)
+    assert process.returncode == 0, out + log(cell)
+    assert [(note["RANK"], note["LOCAL_RANK"], note["total"]) for note in ranks(cell)] == [
+        ("0", "0", 2.0),
+        ("1", "1", 2.0),
+    ]
+
+
+def test_two_processes_on_each_of_two_nodes_are_one_group(empty: Cluster, tmp_path: Path) -> None:
+    file, [cell] = sweep(tmp_path, "four")
+    process = runner(empty, file, *GROUP, "parallel.nodes=2", "group")
+    out = end(process)
+    assert process.returncode == 0, out + log(cell)
+    seen = [(note["RANK"], note["LOCAL_RANK"], note["WORLD_SIZE"], note["total"]) for note in ranks(cell)]
+    assert seen == [("0", "0", "4", 4.0), ("1", "1", "4", 4.0), ("2", "0", "4", 4.0), ("3", "1", "4", 4.0)]
+    where = [note["SLURMD_NODENAME"] for note in ranks(cell)]
+    assert where[0] == where[1] != where[2] == where[3]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_preempted_cell_of_several_processes_stops_and_goes_on(empty: Cluster, tmp_path: Path, nodes: int) -> None:
+    """Every process gets one TERM, none dies of Slurm's own warning, and one requeue puts all of them back."""
+    file, [cell] = sweep(tmp_path, "preempted4")
+    options = (*LAUNCHER, "launcher.partition=low")
+    process = runner(empty, file, *GROUP, f"parallel.nodes={nodes}", "preempted", options=options)
+    wait_for(lambda: len(ranks(cell)) == 2 * nodes, "the processes", 120)
+    urgent = ["sbatch", "-p", "high", "-w", "n1,n2", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 5"]
+    empty.call(*urgent)
+    out = end(process)
+    assert process.returncode == 0, out + log(cell)
+    assert len(ranks(cell, 1)) == 2 * nodes
+    assert len(starts_of(cell)) == 2
+    assert log(cell).count("requeued by its own task") == 1
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_process_that_dies_is_replaced_with_all_the_others(empty: Cluster, tmp_path: Path, nodes: int) -> None:
+    """Within the same job: nobody is left in an exchange with the dead."""
+    file, [cell] = sweep(tmp_path, "dead")
+    process = runner(empty, file, *GROUP, f"parallel.nodes={nodes}", "dies")
+    out = end(process)
+    assert process.returncode == 0, out + log(cell)
+    assert len(ranks(cell, 1)) == 2 * nodes
+    assert "ended with exit code 137 and no verdict" in log(cell) and len(starts_of(cell)) == 1
 
 
 def test_a_cancelled_cell_is_not_requeued_and_the_same_command_submits_it_again(empty: Cluster, tmp_path: Path) -> None:
@@ -200,7 +259,7 @@ def test_a_cancelled_cell_is_not_requeued_and_the_same_command_submits_it_again(
     again = runner(empty, file, "done")
     out = end(again)
     assert again.returncode == 0 and "array" in out, out
-    assert [len(nodes(cell)) for cell in cells] == [2, 2]
+    assert [len(starts_of(cell)) for cell in cells] == [2, 2]
 
 
 def test_what_is_queued_or_running_is_not_submitted_twice(empty: Cluster, tmp_path: Path) -> None:

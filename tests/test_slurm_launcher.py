@@ -1,7 +1,9 @@
 """What is asked of Slurm, without one: sbatch, squeue and srun are scripts that note what they are given."""
 
+import dataclasses
 import json
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +105,41 @@ def test_cells_on_a_cpu_ask_for_no_gpu_and_for_their_threads(place: Path) -> Non
     assert options["array"] == "0-3%4"
 
 
+def test_a_cell_of_several_processes_is_one_task_that_starts_them(place: Path) -> None:
+    """Tasks of Slurm with a GPU each would not see each other's GPUs; one task a node sees them all."""
+    several = ("trainer=gpu", "parallel=fsdp", "parallel.devices=4", "data.num_workers=2")
+    assert run(*several) == 0
+    script = (place / "submitted").read_text()
+    expected = {"gpus-per-node": "4", "ntasks-per-node": "1", "nodes": "1", "cpus-per-task": "40"}  # 4 x (8 + 2)
+    assert options_of(script) | expected == options_of(script)
+    assert "--relative" not in script
+    assert run(*several, "parallel.nodes=2", "name=two") == 0
+    script = (place / "submitted").read_text()
+    assert options_of(script) | {**expected, "nodes": "2"} == options_of(script)
+    assert re.search(r"^srun .*--nodes=1 --ntasks=1 --relative=0 ", script, re.MULTILINE)
+
+
+def test_the_gpus_of_a_cell_say_how_many_processes_it_has(place: Path) -> None:
+    """The login node need not have the GPUs that parallel.devices=null means."""
+    assert run("trainer=gpu", "parallel=ddp", "launcher.gpus_per_cell=2") == 0
+    assert options_of((place / "submitted").read_text())["gpus-per-node"] == "2"
+    [folder] = (place / "runs/array/.slurm").glob("array-*")
+    task = pickle.loads(next(folder.glob("*_submitted.pkl")).read_bytes()).function.args[0]  # our own file
+    assert task.overrides[-1] == "parallel.devices=2" and task.nodes == 1
+
+
+def test_cells_that_take_differently_many_gpus_are_arrays_of_their_own(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan(load_sweep(place / "sweep.yaml", ["logger=none", "trainer=gpu", "parallel=ddp", "parallel.devices=2"]))
+    large = [dataclasses.replace(cell, devices=4) if cell.shape.width == 64 else cell for cell in made.cells]
+    assert slurm.run_on_slurm(dataclasses.replace(made, cells=large), load_launcher("slurm"), detach=True) == 0
+    assert submissions(place) == 2
+    jobs = json.loads((place / "runs/array/.slurm/jobs.json").read_text()).values()
+    assert [{name.split("-")[1] for name in job["cells"]} for job in jobs] == [{"w0016"}, {"w0064"}]
+    assert "arrays 77, 77 of 4 cells" in capsys.readouterr().out
+
+
 def test_the_longest_cells_come_first(place: Path) -> None:
     assert run() == 0
     [job] = json.loads((place / "runs/array/.slurm/jobs.json").read_text()).values()
@@ -172,7 +209,7 @@ def test_waiting_ends_with_what_the_run_directories_say(
     monkeypatch.setattr(slurm, "POLL_S", 0.1)
     submit = slurm.array.submit
 
-    def and_run(made: slurm.Plan, *arguments: object) -> str:
+    def and_run(made: slurm.Plan, *arguments: object) -> list[str]:
         for cell, status in zip(made.cells, ("done", "done", "failed"), strict=False):
             record = {
                 "schema": 0,
@@ -224,8 +261,27 @@ def refusing(place: Path) -> None:
         (no_folder, "seed=0", r"runs/array/.slurm cannot be written \(file exists\); give a directory"),
         (refusing, "seed=0", r"Slurm refuses the array: invalid account; mend conf/launcher"),
         (None, "launcher.partiton=low", r"'launcher.partiton' is not a key.*; did you mean 'launcher.partition'\?"),
-        (None, "launcher.gpus_per_cell=8", r"launcher.gpus_per_cell=8, but a cell trains on one GPU of one node"),
-        (None, "launcher.nodes=2", r"launcher.nodes=2, but a cell trains on one GPU of one node"),
+        (
+            None,
+            "launcher.gpus_per_cell=8 trainer=gpu",
+            r"gpus_per_cell=8, but a cell trains on 1 of a node; write null, and "
+            r"parallel=fsdp parallel\.devices=8 if",
+        ),
+        (
+            None,
+            "launcher.gpus_per_cell=2 trainer=gpu parallel=ddp parallel.devices=4",
+            r"but a cell trains on 4 of a node",
+        ),
+        (
+            None,
+            "launcher.nodes=2",
+            r"launcher.nodes=2, but a cell trains on 1; write null, and parallel=fsdp",
+        ),
+        (
+            None,
+            "parallel=fsdp",
+            r"parallel=fsdp, but how many processes a cell is to have .* give parallel\.devices=N\.",
+        ),
     ],
 )
 def test_what_cannot_be_submitted_is_one_sentence(
@@ -241,7 +297,7 @@ def test_what_cannot_be_submitted_is_one_sentence(
         monkeypatch.setenv("PATH", str(place / "bin"))
     if arrange:
         arrange(place)
-    assert run(option) == 2
+    assert run(*option.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(sentence, error), error
     assert submissions(place) == 0
@@ -249,7 +305,7 @@ def test_what_cannot_be_submitted_is_one_sentence(
 
 def test_gpu_cells_without_a_gpu_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("trainer=gpu", "launcher.gpus_per_cell=0") == 2
-    assert "the cells have trainer.accelerator=gpu; write null or 1" in capsys.readouterr().err
+    assert "the cells have trainer.accelerator=gpu; write null" in capsys.readouterr().err
     assert run("trainer=gpu", "launcher.gpus_per_cell=0", "launcher.sbatch=[--gres=gpu:a100:1]") == 0
     assert options_of((place / "submitted").read_text())["gres"] == "gpu:a100:1"
 

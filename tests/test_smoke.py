@@ -25,7 +25,7 @@ def test_every_cell_of_every_sweep_builds_on_the_meta_device(file: Path) -> None
     for overrides in load_sweep(file).cells:
         cfg = compose(overrides)
         with torch.device("meta"):
-            model = engine.build_model(cfg)
+            model = build_model(cfg)
         built = sum(parameter.numel() for parameter in model.parameters())
         assert built == sum(num_params(shape_of(cfg), **model_geometry(cfg)).values())
 

@@ -301,7 +301,9 @@ def test_a_plan_for_more_gpus_than_are_here_is_measured_one_cell_a_gpu(
     made = planned(FEW, "trainer.accelerator=gpu", workers=3)
     found = expect(made, "missing", say=lambda line: None)
     assert measured == [1] and "1 worker, 3 shapes" in found.basis
-    assert found.notes == ("Times are for one cell a GPU: 3 at once need as many GPUs, and this machine has 1.",)
+    assert found.notes == ("Times are for one cell a GPU: 3 at once need 3 GPUs, and this machine has 1; "
+        "--cells-per-gpu says how many share one.",
+    )
     assert found.workers == 3
 
 

@@ -73,8 +73,9 @@ def _become(environment: dict[str, str], log: str) -> None:
 def _cell(overrides: list[str], environment: dict[str, str], log: str, pause_at: int) -> None:
     _become(environment, log)
     from sovit.lit import engine
+    from sovit.lit.module import LitClassifier
 
-    steps, original = iter(range(1, 10**9)), engine.LitClassifier.training_step
+    steps, original = iter(range(1, 10**9)), LitClassifier.training_step
 
     def training_step(self: Any, *batch: Any) -> Any:
         if next(steps) == pause_at:
@@ -82,7 +83,7 @@ def _cell(overrides: list[str], environment: dict[str, str], log: str, pause_at:
             until(lambda: Path(f"{log}.go").exists(), "it may go on")
         return original(self, *batch)
 
-    engine.LitClassifier.training_step = training_step  # type: ignore[method-assign]
+    LitClassifier.training_step = training_step  # type: ignore[method-assign]
     sys.exit(engine.run_cell(overrides))
 
 

@@ -17,7 +17,18 @@ from sovit import duration
 from sovit.flops import check_pos_embed, forward_gflops
 from sovit.overrides import check_input, groups_of
 from sovit.schedule import segments
-from sovit.schema import CHOICES, EVAL_DATASETS, NOT_NEGATIVE, POSITIVE, RANGES, ParallelConfig, RunConfig
+from sovit.schema import (
+    CHOICES,
+    EVAL_DATASETS,
+    KEYS_OF_FILES,
+    LARGEST_EMBEDDED,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RANGES,
+    DataConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from sovit.shape import NAMED, Shape, num_patches, parse_shape
 from sovit.strict import ConfigError, build, keys_of, nearest, shown
 
@@ -119,9 +130,7 @@ def check(cfg: RunConfig) -> None:
         raise ConfigError(f"center={cfg.center!a} is no shape; write WIDTHxDEPTHxMLP such as 32x4x128, or null.")
     if not re.fullmatch(r"[A-Za-z0-9_.+-]*", cfg.retry_of):
         raise ConfigError(f"retry_of={cfg.retry_of!a} is no run id; leave it empty.")
-    for dataset in cfg.eval.datasets:
-        if dataset not in EVAL_DATASETS:
-            raise ConfigError(f"eval.datasets: {dataset!a} is not known{nearest(dataset, EVAL_DATASETS)}")
+    check_data(cfg)
     if min(cfg.eval.shots) < 1:
         raise ConfigError(f"eval.shots={cfg.eval.shots} needs whole numbers of at least 1.")
     if isinstance(cfg.eval.l2_reg, str) and cfg.eval.l2_reg != "loo":
@@ -149,6 +158,57 @@ def check(cfg: RunConfig) -> None:
     check_parallel(cfg.parallel, cfg.trainer.global_batch_size, cfg.trainer.precision)
     if cfg.schedule.kind == "cosine" and len(steps) > 1:
         raise ConfigError("schedule.kind=cosine bends towards one duration; for several use rsqrt or constant.")
+
+
+def check_data(cfg: RunConfig) -> None:
+    """Raise ConfigError for images that cannot be, as far as the configuration alone tells. Reads no file."""
+    data, size = cfg.data, cfg.model.image_size
+    embedded = data.name == "fractals"
+    default = DataConfig()
+    for key in KEYS_OF_FILES:
+        if embedded and getattr(data, key) != getattr(default, key):
+            raise ConfigError(
+                f"data.{key}={getattr(data, key)} has no effect on data=fractals; write data=imagefolder, data=webdataset "
+                "or data=hf."
+            )
+    if not embedded and not (data.root or "").strip():
+        raise ConfigError(f"data.root has no value; data={data.name} needs the folder of its images.")
+    if not embedded and data.num_classes < 2:
+        raise ConfigError(f"data.num_classes={data.num_classes} leaves nothing to tell apart; a classifier needs two.")
+    if not embedded and cfg.model.channels not in (1, 3):
+        raise ConfigError(f"model.channels={cfg.model.channels} is not for images in files; write 3, or 1 for grey.")
+    if data.min_area > 1:
+        raise ConfigError(f"data.min_area={data.min_area} is a share of the image; write at most 1.")
+    if data.mixup and cfg.trainer.global_batch_size % 2:
+        raise ConfigError(f"data.mixup mixes pairs; trainer.global_batch_size={cfg.trainer.global_batch_size} is odd.")
+    if size > LARGEST_EMBEDDED and (embedded or "fractals" in cfg.eval.datasets):
+        raise ConfigError(
+            f"model.image_size={size} is above {LARGEST_EMBEDDED}, the largest size of the embedded fractals; write a "
+            "smaller one, or use images of your own for data and eval.datasets."
+        )
+    names: dict[str, str] = {}
+    for dataset in cfg.eval.datasets:
+        if dataset not in EVAL_DATASETS and "/" not in dataset:
+            raise ConfigError(
+                f"eval.datasets: {dataset!a} is not known{nearest(dataset, EVAL_DATASETS).rstrip('.?')}? "
+                "Or write the path of a folder, with a slash."
+            )
+        name = fewshot_name(dataset)
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}", name):
+            raise ConfigError(
+                f"eval.datasets: the last part of {dataset!a} becomes the name of its results; use letters, digits, '_', "
+                "'.', '+' and '-'."
+            )
+        if name in names:
+            raise ConfigError(
+                f"eval.datasets: {names[name]} and {dataset} would both be called {name}; rename a folder."
+            )
+        names[name] = dataset
+
+
+def fewshot_name(dataset: str) -> str:
+    """What the results on an entry of eval.datasets are called: the last part of its path."""
+    return dataset.rstrip("/").rpartition("/")[2]
 
 
 def check_parallel(parallel: ParallelConfig, global_batch_size: int, precision: str) -> None:
@@ -228,6 +288,17 @@ def model_geometry(cfg: RunConfig) -> dict[str, Any]:
         "channels": cfg.model.channels,
         "pool": cfg.model.pool,
         "num_classes": cfg.data.num_classes,
+    }
+
+
+def model_options(cfg: RunConfig) -> dict[str, Any]:
+    """The arguments beyond `model_geometry` that parameters depend on, but not FLOPs, as sovit.flops takes them."""
+    return {
+        "pos_embed": cfg.model.pos_embed,
+        "block": cfg.model.block,
+        "qk_norm": cfg.model.qk_norm,
+        "qkv_bias": cfg.model.qkv_bias,
+        "norm": cfg.model.norm,
     }
 
 

@@ -17,6 +17,11 @@ from sovit.shape import Shape
 
 POOLS = ("map", "avg", "token")
 POS_EMBEDS = ("learned", "sincos2d")
+BLOCKS = ("serial", "parallel")
+NORMS = {"layernorm": 2, "layernorm_nobias": 1, "rmsnorm": 1}  # vectors: a scale, and a bias
+
+# What ViT-22B changes (arXiv 2302.05442, section 2), as arguments of num_params; conf/model/vit22b.yaml.
+VIT22B: dict[str, str | bool] = {"block": "parallel", "qk_norm": True, "qkv_bias": False, "norm": "rmsnorm"}
 
 
 def forward_flops(
@@ -26,7 +31,8 @@ def forward_flops(
 
     ``image_size`` is in pixels a side. ``pool``: ``map`` (multi-head attention pooling head, Scaling Vision
     Transformers, arXiv 2106.04560), ``avg`` (mean of the tokens) or ``token`` (a class token, one more token in
-    every block). ``num_classes`` 0 means no classifier. Raises ValueError for an image smaller than a patch, or an
+    every block). ``num_classes`` 0 means no classifier. Fusing the projections of parallel blocks, norms of queries and
+    keys, and leaving out biases change nothing here. Raises ValueError for an image smaller than a patch, or an
     unknown pool.
     """
     patches = _whole_patches(shape, image_size, channels, pool, num_classes)
@@ -65,27 +71,36 @@ def num_params(
     pool: str = "map",
     num_classes: int = 0,
     pos_embed: str = "learned",
+    block: str = "serial",
+    qk_norm: bool = False,
+    qkv_bias: bool = True,
+    norm: str = "layernorm",
 ) -> dict[str, int]:
     """Trained parameters, by group; the sum of the values is the total of the real module.
 
     ``positions`` is the position table plus the class token, if there is one; a ``sincos2d`` table is fixed, so it
-    counts nothing. ``norms`` are those of the blocks and the final one; ``map_head`` has its own norm inside. All
-    linear maps have biases. Arguments and errors as for ``forward_flops``; also raises ValueError for an unknown
-    ``pos_embed``, or ``sincos2d`` with a width not divisible by 4.
+    counts nothing. ``norms`` are those of the blocks and the final one; ``map_head`` has its own norm inside.
+    ``block`` ``parallel`` has one norm for attention and MLP, and one bias for what both add to the residual stream,
+    counted with the MLP. ``qk_norm`` adds two norms of a head's size to each block. ``qkv_bias`` False leaves out those of
+    the blocks; all other linear maps have biases. ``norm``: see ``NORMS``. Arguments and errors as for ``forward_flops``;
+    also raises ValueError for an unknown ``pos_embed``, ``block`` or ``norm``, or ``sincos2d`` with a width not divisible
+    by 4.
     """
     patches = _whole_patches(shape, image_size, channels, pool, num_classes)
     check_pos_embed(pos_embed, shape.width)
+    check_block(block, norm)
     width, depth, mlp_dim = shape.width, shape.depth, shape.mlp_dim
-    attention = 4 * (width**2 + width)
+    vectors, parallel = NORMS[norm], block == "parallel"
+    attention = 4 * width**2 + (3 * width if qkv_bias else 0) + (0 if parallel else width)
     mlp = 2 * width * mlp_dim + mlp_dim + width
-    norm = 2 * width
+    norms = vectors * ((1 if parallel else 2) * width + (2 * shape.head_dim if qk_norm else 0))
     return {
         "patch_embedding": channels * shape.patch_size**2 * width + width,
         "positions": (patches * width if pos_embed == "learned" else 0) + (width if pool == "token" else 0),
         "attention_projections": depth * attention,
         "mlp": depth * mlp,
-        "norms": (2 * depth + 1) * norm,
-        "map_head": width + attention + norm + mlp if pool == "map" else 0,
+        "norms": depth * norms + vectors * width,
+        "map_head": width + 4 * (width**2 + width) + vectors * width + mlp if pool == "map" else 0,
         "classifier": (width + 1) * num_classes,
     }
 
@@ -102,6 +117,14 @@ def check_pos_embed(pos_embed: str, width: int) -> None:
         raise ValueError(f"pos_embed={pos_embed!r} is unknown; use one of {', '.join(POS_EMBEDS)}.")
     if pos_embed == "sincos2d" and width % 4:
         raise ValueError(f"pos_embed='sincos2d' needs a width divisible by 4, not {width}; use pos_embed='learned'.")
+
+
+def check_block(block: str, norm: str) -> None:
+    """Raise ValueError unless ``block`` is one of ``BLOCKS`` and ``norm`` one of ``NORMS``."""
+    if block not in BLOCKS:
+        raise ValueError(f"block={block!r} is unknown; use one of {', '.join(BLOCKS)}.")
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown; use one of {', '.join(NORMS)}.")
 
 
 def _whole_patches(shape: Shape, image_size: int, channels: int, pool: str, num_classes: int) -> int:

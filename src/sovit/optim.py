@@ -14,10 +14,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sovit.adafactor import Adafactor
+
 LrRule = Literal["constant", "by_shape"]
 
 # timm's names for the matrices fed by the MLP's hidden layer: serial blocks, parallel blocks.
 _FED_BY_MLP = ("fc2", "mlp_out_proj")
+_FED_BY_BOTH = "out_proj"  # parallel blocks with both outputs in one product
 
 
 def param_groups(
@@ -38,7 +41,8 @@ def param_groups(
     class token and the probe of the attention pooling are not.
 
     lr_rule ``by_shape`` multiplies the learning rate of a matrix by base / fan_in: base_width / width where the width
-    feeds it (the classifier too), base_mlp_dim / mlp_dim where the MLP's hidden layer feeds it. A step of an optimiser
+    feeds it (the classifier too), base_mlp_dim / mlp_dim where the MLP's hidden layer feeds it, and where both do, in the
+    fused output of parallel blocks, by (base_width + base_mlp_dim) / (width + mlp_dim). A step of an optimiser
     of Adam's kind moves every weight by about lr whatever the gradient's size, so the change of an output grows with
     the number of inputs ("Tensor Programs V", arXiv 2203.03466). In models deeper than base_depth the matrices of the
     blocks are further multiplied by sqrt(base_depth / depth), as the changes of all blocks add up ("Tensor Programs VI",
@@ -65,8 +69,11 @@ def param_groups(
             if name == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
                 decay = head_weight_decay if module is head else weight_decay
             if name == "weight" and isinstance(module, nn.Linear) and lr_rule == "by_shape":
-                if module_name.rpartition(".")[2] in _FED_BY_MLP:
+                leaf = module_name.rpartition(".")[2]
+                if leaf in _FED_BY_MLP:
                     group_lr = lr * base_mlp_dim / module.in_features
+                elif leaf == _FED_BY_BOTH and module_name.startswith("blocks."):
+                    group_lr = lr * (base_width + base_mlp_dim) / module.in_features
                 elif module.in_features == width:
                     group_lr = lr * base_width / width
                 else:
@@ -123,18 +130,5 @@ def build_optimizer(
         adamw._step_supports_amp_scaling = False
         return adamw
     if name == "adafactor":
-        from timm.optim import AdafactorBigVision  # timm takes seconds to import
-
-        return AdafactorBigVision(
-            groups,
-            lr=lr,
-            min_dim_size_to_factor=32,
-            decay_rate=0.8,
-            beta2_cap=beta2,
-            momentum=beta1,
-            momentum_dtype=torch.float32,
-            eps=1e-30,
-            clipping_threshold=None,
-            unscaled_wd=False,
-        )
+        return Adafactor(groups, lr=lr, min_dim_size_to_factor=32, decay_rate=0.8, beta2_cap=beta2, momentum=beta1)
     raise ValueError(f"Optimizer {name!r} is unknown; use adamw or adafactor.")

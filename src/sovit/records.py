@@ -20,6 +20,7 @@ from typing import Any
 
 from sovit import __version__
 from sovit.config import REPOSITORY, RunConfig, shape_of
+from sovit.schema import KEYS_OF_FILES
 from sovit.shape import Shape
 
 SCHEMA = 1
@@ -42,6 +43,10 @@ _NOT_IDENTITY = {
     "optim": ("diverged_above",),  # a run that is not stopped trains the same
     "trainer": ("log_every_n_steps", "checkpoint_every_s", "keep_checkpoint"),
 }
+
+# Keys that did not exist when the first runs were recorded: at their default they stay out of the hash, so that those
+# runs are still the ones that their configuration asks for.
+_YOUNGER = {"data": KEYS_OF_FILES, "model": ("block", "qk_norm", "qkv_bias", "norm")}
 
 
 def run_id(cfg: RunConfig) -> str:
@@ -76,12 +81,17 @@ def config_hash(cfg: RunConfig) -> str:
         else:
             for leaf in inner:
                 del tree[key][leaf]
+    default = dataclasses.asdict(RunConfig())
+    for key, younger in _YOUNGER.items():
+        for leaf in younger:
+            if tree[key][leaf] == default[key][leaf]:
+                del tree[key][leaf]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
     """The run's record, or None if there is none yet. Raises ValueError if it cannot be read."""
-    return _read_json(directory / RUN)
+    return read_object(directory / RUN)
 
 
 def read_progress(directory: Path) -> dict[str, Any] | None:
@@ -90,12 +100,13 @@ def read_progress(directory: Path) -> dict[str, Any] | None:
     An unreadable file counts as none: it is for display, and a power cut may leave it empty.
     """
     try:
-        return _read_json(directory / PROGRESS)
+        return read_object(directory / PROGRESS)
     except ValueError:
         return None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None if there is no file. Raises ValueError if it cannot be read."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

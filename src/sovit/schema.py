@@ -24,6 +24,10 @@ class ModelConfig:
     channels: int = 3
     pool: str = "map"  # map | avg | token
     pos_embed: str = "learned"  # learned | sincos2d
+    block: str = "serial"  # serial | parallel: attention and MLP side by side, with fused projections (ViT-22B)
+    qk_norm: bool = False  # queries and keys are normed within each head, which bounds the attention logits
+    qkv_bias: bool = True
+    norm: str = "layernorm"  # layernorm | layernorm_nobias | rmsnorm: neither bias nor centering
     init: str = "big_vision"  # big_vision | fan_in
     head_bias: float = 0.0
     drop_path_rate: float = 0.0
@@ -31,14 +35,26 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The embedded procedural images. Image i of a stream is a pure function of (seed, i)."""
+    """The training images. Image i of a stream is a pure function of (seed, i), embedded or read from files."""
 
-    name: str = "fractals"
-    seed: int = 0  # which categories exist; the run's seed picks the stream of images
+    name: str = "fractals"  # fractals | imagefolder | webdataset | hf
+    seed: int = 0  # fractals: which categories exist; the run's seed picks the stream of images
     num_classes: int = 256
     num_heldout: int = 64
     rotation: float = 1.57  # radians at full jitter: the knob for how hard the task is
-    num_workers: int = 0
+    num_workers: int = 0  # processes that read and decode, at most one a core
+    # Of images in files only:
+    root: str | None = None  # a folder; webdataset: or a pattern such as DIR/train-{0000..0099}.tar
+    split: str | None = None  # the part of root to train on: a folder or the first letters of shards; hf: train if null
+    class_list: str | None = None  # a text file, one class a line in the order of the labels; null: the names sorted
+    image_key: str | None = None  # webdataset: endings such as jpg;png; hf: the column; null: the usual ones
+    label_key: str | None = None  # webdataset: cls or json.ENTRY; hf: the column; null: cls, label
+    shuffle_shards: int = 16  # webdataset: shards whose images are shuffled together
+    min_area: float = 0.05  # of a training crop, as a share of the image; 1: no crop but to a square
+    flip: bool = True
+    randaugment_ops: int = 0  # operations an image; 0: no RandAugment
+    randaugment_magnitude: int = 10  # of 30
+    mixup: float = 0.0  # both parameters of the Beta distribution; 0: no mixup
 
 
 @dataclass
@@ -86,7 +102,9 @@ class DurationsConfig:
 class EvalConfig:
     """Few-shot evaluation (see sovit.fewshot)."""
 
-    datasets: list[str] = field(default_factory=lambda: ["fractals", "digits"])
+    datasets: list[str] = field(
+        default_factory=lambda: ["fractals", "digits"]
+    )  # or folders with a train and a test part
     shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
     num_draws: int = 3
     l2_reg: float | str = 1024.0  # a ridge value, or "loo": leave-one-out on the support set
@@ -153,8 +171,10 @@ class RunConfig:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.pool": ("map", "avg", "token"),
     "model.pos_embed": ("learned", "sincos2d"),
+    "model.block": ("serial", "parallel"),
+    "model.norm": ("layernorm", "layernorm_nobias", "rmsnorm"),
     "model.init": ("big_vision", "fan_in"),
-    "data.name": ("fractals",),
+    "data.name": ("fractals", "imagefolder", "webdataset", "hf"),
     "optim.name": ("adamw", "adafactor"),
     "optim.loss": ("softmax", "sigmoid"),
     "optim.lr_rule": ("constant", "by_shape"),
@@ -172,6 +192,8 @@ POSITIVE = (
     "model.channels",
     "data.num_classes",
     "data.num_heldout",
+    "data.shuffle_shards",
+    "data.min_area",
     "optim.lr",
     "optim.base_width",
     "optim.base_depth",
@@ -189,6 +211,8 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "data.seed",
     "data.num_workers",
+    "data.randaugment_ops",
+    "data.mixup",
     "optim.weight_decay",
     "optim.head_weight_decay",
     "schedule.warmup_steps",
@@ -197,9 +221,23 @@ NOT_NEGATIVE = (
 RANGES: dict[str, tuple[float, float]] = {  # from, up to but without
     "seed": (0, 2**23),  # a stream of images each
     "data.rotation": (0, 4),
-    "model.image_size": (1, 257),  # of the embedded images
+    "data.randaugment_magnitude": (0, 31),
     "model.drop_path_rate": (0, 1),
     "optim.beta1": (0, 1),
     "optim.beta2": (0, 1),
 }
-EVAL_DATASETS = ("fractals", "digits")
+EVAL_DATASETS = ("fractals", "digits")  # the embedded ones; anything with a slash is a folder
+LARGEST_EMBEDDED = 256  # pixels a side of the embedded images
+KEYS_OF_FILES = (  # of data; they mean nothing to the embedded images
+    "root",
+    "split",
+    "class_list",
+    "image_key",
+    "label_key",
+    "shuffle_shards",
+    "min_area",
+    "flip",
+    "randaugment_ops",
+    "randaugment_magnitude",
+    "mixup",
+)

@@ -2,7 +2,8 @@
 
 Hydra composes ``conf/``; ``--cfg job`` and ``--help`` work without importing torch. ``--rerun RUN_JSON runs_dir=DIR``
 trains the cell of a record again: its configuration alone decides, ``conf/`` is not read. Exit codes: 0 done, 1 failed,
-2 configuration, 3 diverged, 75 stopped by a signal (the same command goes on from there), 76 another process runs it.
+2 configuration, 3 diverged, 75 stopped by a signal (the same command goes on from there), 76 another process runs it,
+77 out of device memory (the same command goes on with a smaller micro-batch).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sovit.config import CONF_DIR, ConfigError, RunConfig, check_overrides, compose
+from sovit.launch.processes import follow_parent
 from sovit.strict import nearest
 
 RERUN = "--rerun"
@@ -23,6 +25,7 @@ _WITH_WORD = {"--cfg": ("job",), "-c": ("job",)}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cell that the arguments describe, or show what they ask for; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    follow_parent()
     try:
         if RERUN in arguments:
             cfg = _recorded(arguments)
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _show(arguments)
         from sovit.lit.engine import run  # torch, Lightning and timm load here
 
-        return run(cfg)
+        return run(cfg, arguments)
     except ConfigError as error:
         print(f"sovit.train: {error}", file=sys.stderr)
         return 2

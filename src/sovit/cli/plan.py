@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from sovit.cli.expected import LAW_HELP, NOISE_HELP, gflops
-from sovit.cli.options import PRICE_HELP, above_0, add_sweep
+from sovit.cli.options import PRICE_HELP, above_0, add_sweep, positive
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -19,6 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "minute is spent on timing a few of its shapes on this machine; the result is kept in ~/.cache/sovit.",
     )
     add_sweep(plan)
+    plan.add_argument("--cells-per-gpu", type=positive, metavar="K", help="small cells that share each GPU (default 1)")
     plan.add_argument("--price", type=above_0, metavar="USD", help=f"print the cost too; {PRICE_HELP}")
     plan.add_argument("--measure", action="store_true", help="time this machine anew, though a measurement is kept")
     plan.add_argument("--no-measure", action="store_true", help="assume a speed; time nothing and read no measurement")
@@ -51,7 +52,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         other = "--no-measure" if arguments.no_measure else "--tflops"
         raise ValueError(f"--measure and {other} exclude each other; leave one out.")
     sweep = load_sweep(arguments.file, arguments.overrides)
-    made = plan(sweep, workers=arguments.workers, peak_tflops=arguments.tflops or PEAK_TFLOPS)
+    made = plan(
+        sweep,
+        workers=arguments.workers,
+        cells_per_gpu=arguments.cells_per_gpu,
+        peak_tflops=arguments.tflops or PEAK_TFLOPS,
+    )
     told = None
     if asked:
         from sovit.cli.expected import plan_text

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from sovit.cli.options import PRICE_HELP, above_0, add_sweep
+from sovit.cli.options import PRICE_HELP, above_0, add_sweep, positive
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser("run", help="run what is left of a sweep on this machine or a Slurm cluster")
     add_sweep(run)
+    run.add_argument("--cells-per-gpu", type=positive, metavar="K", help="small cells that share each GPU (default 1)")
     run.add_argument("--retry-failed", action="store_true", help="also run cells that failed or diverged before")
     run.add_argument(
         "--retry-diverged",
@@ -46,7 +47,9 @@ def _run(arguments: argparse.Namespace) -> int:
         workers = workers or launcher.cells_at_once or len(sweep.cells)
     elif of_launcher or arguments.detach:
         raise ValueError(f"{(of_launcher or ['--detach'])[0]} is for a cluster; add --launcher slurm.")
-    made = plan(sweep, workers=workers)
+    if launcher is not None and arguments.cells_per_gpu:
+        raise ValueError(f"--cells-per-gpu {arguments.cells_per_gpu} is for this machine; a task of Slurm is one cell.")
+    made = plan(sweep, workers=workers, cells_per_gpu=arguments.cells_per_gpu)
     if launcher is None:
         from sovit.launch.pay.throughput import expect
 

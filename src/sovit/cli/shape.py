@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sovit.memory import Model
 
 CONVENTION = "2 FLOP per multiply-add, matrix products and patch convolution only; training costs 3 x forward."
+RECIPES = {"vit": "biases and LayerNorms", "vit22b": "the changes of ViT-22B, see conf/model/vit22b.yaml"}
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     shape = commands.add_parser("shape", help="parameters and FLOPs of a shape")
-    shape.add_argument("shape", help="WIDTHxDEPTHxMLP such as 1152x27x4304, or NAME[/PATCH] such as So400m/14")
-    shape.add_argument("--heads", type=int, help="attention heads; a named shape brings its own")
-    shape.add_argument("--head-dim", type=int, help="instead of --heads: width / head dimension")
-    shape.add_argument("--patch", type=int, help="patch size in pixels; a named shape brings its own, 14 otherwise")
-    shape.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
-    shape.add_argument("--channels", type=int, default=3, help="default: %(default)s")
-    shape.add_argument("--pool", default="map", help="map, avg or token (default: %(default)s)")
-    shape.add_argument("--classes", type=int, default=0, help="of a classifier; 0 for none (default)")
+    add_model(shape)
     shape.add_argument("--json", action="store_true", help="print JSON")
     shape.set_defaults(command=_shape)
 
 
-def _shape(arguments: argparse.Namespace) -> int:
-    from sovit.flops import forward_flops, num_params
+def add_model(command: argparse.ArgumentParser) -> None:
+    """The arguments that `model_of` makes a model of."""
+    command.add_argument("shape", help="WIDTHxDEPTHxMLP such as 1152x27x4304, or NAME[/PATCH] such as So400m/14")
+    command.add_argument("--heads", type=int, help="attention heads; a named shape brings its own")
+    command.add_argument("--head-dim", type=int, help="instead of --heads: width / head dimension")
+    command.add_argument("--patch", type=int, help="patch size in pixels; a named shape brings its own, 14 otherwise")
+    command.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
+    command.add_argument("--channels", type=int, default=3, help="default: %(default)s")
+    command.add_argument("--pool", default="map", help="map, avg or token (default: %(default)s)")
+    command.add_argument("--classes", type=int, default=0, help="of a classifier; 0 for none (default)")
+    command.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        help="; ".join(f"{name}: {what}" for name, what in RECIPES.items()) + " (default: vit, but vit22b for 22B)",
+    )
+
+
+def model_of(arguments: argparse.Namespace) -> Model:
+    """The model that the arguments describe. Raises ValueError if there is none."""
+    from sovit.flops import VIT22B
+    from sovit.memory import Model
     from sovit.shape import NAMED, parse_shape
 
     name, slash, _ = arguments.shape.strip().partition("/")
@@ -34,14 +51,32 @@ def _shape(arguments: argparse.Namespace) -> int:
         head_dim=arguments.head_dim,
         patch_size=14 if arguments.patch is None and not says_patch else arguments.patch,
     )
-    geometry = {"channels": arguments.channels, "pool": arguments.pool, "num_classes": arguments.classes}
-    params = num_params(shape, arguments.image_size, **geometry)
-    flops = forward_flops(shape, arguments.image_size, **geometry)
+    recipe = arguments.recipe or ("vit22b" if name == "22B" else "vit")
+    return Model(
+        shape,
+        arguments.image_size,
+        channels=arguments.channels,
+        pool=arguments.pool,
+        num_classes=arguments.classes,
+        **(VIT22B if recipe == "vit22b" else {}),  # type: ignore[arg-type]
+    )
+
+
+def _shape(arguments: argparse.Namespace) -> int:
+    from sovit.flops import forward_flops, num_params
+
+    model = model_of(arguments)
+    shape = model.shape
+    geometry = {"channels": model.channels, "pool": model.pool, "num_classes": model.num_classes}
+    params = num_params(**vars(model))
+    flops = forward_flops(shape, model.image_size, **geometry)  # type: ignore[arg-type]
+    options = {"block": model.block, "qk_norm": model.qk_norm, "qkv_bias": model.qkv_bias, "norm": model.norm}
     if arguments.json:
         content = {
             **shape.as_dict(),
             "image_size": arguments.image_size,
             **geometry,
+            **options,
             "num_params": sum(params.values()),
             "forward_gflops": sum(flops.values()) / 1e9,
             "params_by_group": params,
@@ -51,8 +86,9 @@ def _shape(arguments: argparse.Namespace) -> int:
         return 0
     print(
         f"{shape}: {shape.num_heads} heads of dimension {shape.head_dim}, patch {shape.patch_size}, "
-        f"{arguments.image_size} px, {arguments.channels} channels, pool {arguments.pool}\n"
+        f"{arguments.image_size} px, {arguments.channels} channels, pool {arguments.pool}"
     )
+    print(f"{_words(model)}\n")
     print(f"{'':<24}{'parameters':>16}{'forward GFLOPs/image':>24}")
     for group in dict.fromkeys([*flops, *params]):
         if params.get(group) or flops.get(group):
@@ -60,3 +96,9 @@ def _shape(arguments: argparse.Namespace) -> int:
     print(f"{'total':<24}{sum(params.values()):>16,}{sum(flops.values()) / 1e9:>24.6g}\n")
     print(CONVENTION)
     return 0
+
+
+def _words(model: Model) -> str:
+    if model.block == "serial":
+        return "attention, then MLP; biases and LayerNorms (--recipe vit)"
+    return "attention and MLP in parallel; queries and keys normed; no biases in QKV; RMSNorms (--recipe vit22b)"

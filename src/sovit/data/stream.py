@@ -1,4 +1,4 @@
-"""The endless training stream as a DataLoader, and the few-shot sets.
+"""The endless training stream as a DataLoader, and the embedded few-shot sets.
 
 Batch k of the stream is the images k B .. (k + 1) B - 1. The position is a function of the training step and of
 nothing else, so a resumed run sees the images it would have seen, with any number of workers.
@@ -6,9 +6,11 @@ nothing else, so a resumed run sees the images it would have seen, with any numb
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,14 +25,25 @@ SUPPORT_PER_CLASS = 50  # pool from which the draws of a few-shot evaluation tak
 TEST_PER_CLASS = 64
 
 
+class Slices(Protocol):
+    """Images float32 [N, channels, size, size] in [-1, 1] that are made when a slice of them is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class FewShotSet:
-    """A labelled support pool and a test set: images float32 [N, channels, size, size] in [-1, 1], labels int64 [N]."""
+    """A labelled support pool and a test set: images float32 [N, channels, size, size] in [-1, 1], labels int64 [N].
+
+    Sets that are larger than memory give their images slice by slice.
+    """
 
     name: str
-    train_images: Tensor
+    train_images: Tensor | Slices
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | Slices
     test_labels: Tensor
     num_classes: int
 
@@ -86,15 +99,22 @@ class FractalDataset(Dataset[tuple[Tensor, Tensor]]):
 class StepSampler(Sampler[list[int]]):
     """Batch sampler whose batch k is the indices k B .. (k + 1) B - 1, from ``start_step`` up to ``total_steps``.
 
+    Process ``rank`` of ``world`` gets its even share of each batch, so that the shares in order of rank are the batch.
     Its length is ``total_steps`` wherever it starts: a resumed trainer counts the batches behind it too.
-    Raises ValueError unless global_batch_size >= 1 and 0 <= start_step <= total_steps.
+    Raises ValueError unless global_batch_size >= 1, world divides it, and 0 <= start_step <= total_steps.
     """
 
-    def __init__(self, global_batch_size: int, start_step: int, total_steps: int) -> None:
+    def __init__(
+        self, global_batch_size: int, start_step: int, total_steps: int, *, rank: int = 0, world: int = 1
+    ) -> None:
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size} is below 1; a batch needs an image.")
         if not 0 <= start_step <= total_steps:
             raise ValueError(f"start_step={start_step} is not in 0 .. total_steps={total_steps}; start within the run.")
+        if not 0 <= rank < world or global_batch_size % world:
+            raise ValueError(f"Process {rank} of {world} has no even share of global_batch_size={global_batch_size}.")
+        self.share = global_batch_size // world
+        self.first = rank * self.share
         self.global_batch_size = global_batch_size
         self.start_step = start_step
         self.total_steps = total_steps
@@ -104,18 +124,37 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.total_steps):
-            yield list(range(step * self.global_batch_size, (step + 1) * self.global_batch_size))
+            begin = step * self.global_batch_size + self.first
+            yield list(range(begin, begin + self.share))
 
 
 def make_loader(
-    dataset: FractalDataset, sampler: StepSampler, num_workers: int = 0
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Loader of (images float32 [B, channels, size, size], labels int64 [B]); the batches do not depend on num_workers."""
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_identity)
+    dataset: Dataset[Any], sampler: StepSampler, num_workers: int = 0, *, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """Loader of what the data set makes of each batch of indices; it does not depend on ``num_workers``, at most one a core.
+
+    torch's global generator is left alone: a loader draws a seed for its workers as it starts, wherever a run resumes.
+    """
+    num_workers = min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_workers)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def _identity(batch: Any) -> Any:
     return batch  # a named function, because a lambda cannot be sent to a spawned worker
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Slurm and a terminal signal the whole group; a worker that went first would fail a run that is to be stopped."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _to_float(images: NDArray[np.uint8], channels: int) -> Tensor:

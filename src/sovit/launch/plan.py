@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import heapq
 import math
-import os
-import shutil
 import statistics
-import subprocess
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sovit import records
 from sovit.config import ConfigError, RunConfig, compose, eval_steps, model_geometry, shape_of
 from sovit.flops import forward_gflops, num_params
+from sovit.launch.devices import cores, visible_gpus
+from sovit.launch.processes import devices_of
 from sovit.launch.sweep import Sweep, SweepError
 from sovit.schedule import segments, steps_trained
 from sovit.shape import Shape
@@ -55,13 +55,18 @@ class TimeModel:
         evaluations: int,
         forward_gflops: float,
         gactivations: float = 0.0,
+        devices: int = 1,
     ) -> float:
-        """Expected seconds of a run of ``steps`` updates; ``forward_gflops`` and ``gactivations`` (1e9): per image."""
+        """Expected seconds of a run of ``steps`` updates; ``forward_gflops`` and ``gactivations`` (1e9): per image.
+
+        Of several ``devices`` each has its share of the batch, and `EFFICIENCY` of its time is not spent on exchange.
+        """
         step_s = self.step_s + depth * self.block_s
-        step_s += batch_size * (3 * forward_gflops / self.gflops_per_s + gactivations * self.activation_s)
+        step_s += batch_size / devices * (3 * forward_gflops / self.gflops_per_s + gactivations * self.activation_s)
+        step_s /= EFFICIENCY if devices > 1 else 1.0
         eval_s = self.eval_s + depth * self.eval_block_s
         eval_gflops_per_s = self.eval_gflops_per_s or self.gflops_per_s
-        eval_s += EVAL_IMAGES * (forward_gflops / eval_gflops_per_s + gactivations * self.eval_activation_s)
+        eval_s += EVAL_IMAGES / devices * (forward_gflops / eval_gflops_per_s + gactivations * self.eval_activation_s)
         return self.start_s + steps * step_s + evaluations * eval_s
 
 
@@ -87,6 +92,7 @@ CPU = TimeModel(
 # No measurement but an assumption: half a millisecond to launch the kernels of a block, forward and backward.
 GPU = TimeModel("gpu", start_s=20.0, step_s=2e-3, block_s=0.5e-3, gflops_per_s=1e5, eval_s=2.0, basis="")
 GPU_UTILISATION = 0.4
+EFFICIENCY = 0.9  # of several devices, an assumption: the gradients' way between them, partly hidden behind the rest
 DISAGREEMENT = 1.25  # between finished runs and a measurement, from which on it is said
 PEAK_TFLOPS = 312.0  # bfloat16 without sparsity, NVIDIA A100 data sheet
 
@@ -96,6 +102,7 @@ class Cell:
     """One training run of a sweep. ``steps`` counts the updates of trunk and branches; compute is in GFLOPs.
 
     ``evaluations`` maps the step within the trunk to the nominal duration; ``train_gflops`` is 3 x forward x images.
+    It trains in ``devices`` processes on each of ``nodes`` nodes, one device each.
     """
 
     overrides: list[str]
@@ -114,6 +121,12 @@ class Cell:
     seconds: float
     accelerator: str
     num_threads: int
+    devices: int = 1
+    nodes: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.devices * self.nodes
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,7 @@ class Plan:
     basis: str
     startup_s: float = 0.0
     notes: tuple[str, ...] = ()
+    cells_per_gpu: int = 1
 
     @property
     def train_gflops(self) -> float:
@@ -136,7 +150,10 @@ class Plan:
     @property
     def device_hours(self) -> float:
         """Core hours on a CPU, GPU hours on a GPU."""
-        return sum(cell.seconds * (1 if cell.accelerator == "gpu" else cell.num_threads) for cell in self.cells) / 3600
+        return sum(cell.seconds * cell.world * self._share(cell) for cell in self.cells) / 3600
+
+    def _share(self, cell: Cell) -> float:
+        return 1 / self.cells_per_gpu if cell.accelerator == "gpu" else cell.num_threads
 
     @property
     def wall_seconds(self) -> float:
@@ -146,9 +163,12 @@ class Plan:
         return self.startup_s + makespan([cell.seconds for cell in self.cells], [0.0] * self.workers)
 
 
-def plan(sweep: Sweep, *, workers: int | None = None, peak_tflops: float = PEAK_TFLOPS) -> Plan:
+def plan(
+    sweep: Sweep, *, workers: int | None = None, cells_per_gpu: int | None = None, peak_tflops: float = PEAK_TFLOPS
+) -> Plan:
     """Plan every cell. ``peak_tflops``: of one GPU, of which 40% are assumed to be reached; not read on a CPU.
 
+    ``workers``: cells at once, by default as many as there are GPUs for (``cells_per_gpu`` of them on each) or cores.
     Raises ConfigError for a cell that does not compose, SweepError for two cells with one run id.
     """
     configs = []
@@ -168,7 +188,19 @@ def plan(sweep: Sweep, *, workers: int | None = None, peak_tflops: float = PEAK_
     basis = model.basis
     if num_runs:
         basis += f", corrected by {num_runs} finished {'run' if num_runs == 1 else 'runs'} in {runs_dir}/"
-    return Plan(configs[0].name, runs_dir, cells, workers or default_workers(cells), basis)
+    if cells_per_gpu is not None and model.accelerator != "gpu":
+        raise SweepError(f"--cells-per-gpu {cells_per_gpu}, but the cells train on a CPU; give --workers.")
+    shared = cells_per_gpu or 1
+    most = max(cell.world for cell in cells)
+    notes: tuple[str, ...] = ()
+    if most > 1:
+        notes = (
+            f"A cell takes {most if len({cell.world for cell in cells}) == 1 else f'up to {most}'} "
+            f"{'GPUs' if model.accelerator == 'gpu' else 'processes'}, assumed to train {EFFICIENCY:.0%} as fast as so many "
+            "that exchange nothing.",
+        )
+    count = workers or default_workers(cells, shared)
+    return Plan(configs[0].name, runs_dir, cells, count, basis, notes=notes, cells_per_gpu=shared)
 
 
 def timed(made: Plan, model: TimeModel) -> Plan:
@@ -193,9 +225,8 @@ def timed(made: Plan, model: TimeModel) -> Plan:
 def _seconds(model: TimeModel, cell: Cell) -> float:
     batch_size = cell.config.trainer.global_batch_size
     evaluations = len(cell.evaluations) + 1  # 1: at step 0
-    return model.seconds(
-        cell.shape.depth, cell.steps, batch_size, evaluations, cell.forward_gflops, cell_gactivations(cell)
-    )
+    known = (cell.shape.depth, cell.steps, batch_size, evaluations, cell.forward_gflops, cell_gactivations(cell))
+    return model.seconds(*known, devices=cell.world)
 
 
 def cell_gactivations(cell: Cell) -> float:
@@ -228,6 +259,8 @@ def _cell(overrides: list[str], cfg: RunConfig, accelerator: str) -> Cell:
         seconds=0.0,
         accelerator=accelerator,
         num_threads=cfg.trainer.num_threads,
+        devices=devices_of(cfg),
+        nodes=cfg.parallel.nodes,
     )
 
 
@@ -260,9 +293,16 @@ def calibration(runs_dir: Path, model: TimeModel) -> tuple[float, int]:
                 evaluations,
                 run["forward_gflops"],
                 gactivations(run["width"], run["depth"], run["mlp_dim"], tokens),
+                devices=world_of(run),
             )
             ratios.append(run["wall_s"] / modelled)
     return (statistics.median(ratios), len(ratios)) if ratios else (1.0, 0)
+
+
+def world_of(run: Mapping[str, Any]) -> int:
+    """Processes that a run was trained by, as its record says; one in an older record."""
+    parallel = run["config"].get("parallel") or {}
+    return (parallel.get("devices") or 1) * (parallel.get("nodes") or 1)
 
 
 def makespan(tasks: Iterable[float], free_at: Sequence[float]) -> float:
@@ -274,24 +314,11 @@ def makespan(tasks: Iterable[float], free_at: Sequence[float]) -> float:
     return max(workers)
 
 
-def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES of the GPUs this process may use; asks nvidia-smi, not torch."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
-    if not shutil.which("nvidia-smi"):
-        return []
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.split() if answer.returncode == 0 else []
-
-
-def default_workers(cells: Sequence[Cell]) -> int:
-    """One worker a GPU, or as many as have ``num_threads`` cores each."""
+def default_workers(cells: Sequence[Cell], cells_per_gpu: int = 1) -> int:
+    """As many cells as have their GPUs, or ``num_threads`` cores for each of their processes."""
     if cells[0].accelerator == "gpu":
-        return max(1, len(visible_gpus()))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
-    return max(1, cores // max(cell.num_threads for cell in cells))
+        return max(1, cells_per_gpu * len(visible_gpus()) // min(cell.devices for cell in cells))
+    return max(1, len(cores()) // max(cell.num_threads * cell.devices for cell in cells))
 
 
 def _check_unique(sweep: Sweep, cells: Sequence[Cell]) -> None:

@@ -29,6 +29,7 @@ class CellState:
     state: str = WAITING
     reason: str = ""
     attempts: int = 0
+    restarts: int = 0  # for want of device memory
     step: int = 0
     total_steps: int = 0
     images_per_s: float = 0.0

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,8 @@ import torch
 from sovit import records
 from sovit.lit import checkpoints
 from sovit.lit.module import LitClassifier
+from sovit.lit.ranks import Ranks
+from sovit.lit.sharded import alike, local, part_of
 from sovit.schedule import Segment
 
 WATCH_EVERY = 25  # steps
@@ -39,32 +42,67 @@ class Ema(pl.Callback):
     """Exponential moving average of the weights over a window of ``horizon`` x the steps so far.
 
     After step n the average moves by 1 / (1 + horizon n) towards the weights, so early weights are forgotten at every
-    scale of n and one trunk can be read at any duration. Costs one fused update a step.
+    scale of n and one trunk can be read at any duration. Costs one fused update a step. Every process averages the part
+    of the weights that it holds.
     """
 
     def __init__(self, horizon: float) -> None:
         self.horizon = horizon
-        self.model: torch.nn.Module | None = None
-        self._pairs: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._names: list[str] = []
+        self._averages: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+        self._whole: list[torch.Tensor] = []  # the parameters, of which the weights are this process's part
         self._loaded: dict[str, torch.Tensor] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = pl_module.model
         assert isinstance(model, torch.nn.Module)
-        self.model = deepcopy(model).eval().requires_grad_(False)
+        self._names = [name for name, _ in model.named_parameters()]
+        self._whole = list(model.parameters())
+        self._weights = [local(p).detach() for p in self._whole]
+        self._averages = [weight.clone() for weight in self._weights]
         if self._loaded is not None:
-            self.model.load_state_dict(self._loaded)
-        self._pairs = (list(self.model.parameters()), [p.detach() for p in model.parameters()])
+            self._fill(self._loaded)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        torch._foreach_lerp_(*self._pairs, 1 / (1 + self.horizon * trainer.global_step))
+        torch._foreach_lerp_(self._averages, self._weights, 1 / (1 + self.horizon * trainer.global_step))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the averaged weights in here, and its own again afterwards."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for weight, average in zip(self._weights, self._averages, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.model is None else self.model.state_dict()
+        """The averages by the parameters' names, sharded as these are."""
+        return {
+            name: alike(average, parameter)
+            for name, average, parameter in zip(self._names, self._averages, self._whole, strict=True)
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        """Averages that are whole, or sharded as the parameters are."""
+        if self._averages:
+            self._fill(state_dict)
+        else:
+            self._loaded = state_dict
+
+    @torch.no_grad()
+    def _fill(self, found: dict[str, torch.Tensor]) -> None:
+        for name, average, parameter in zip(self._names, self._averages, self._whole, strict=True):
+            average.copy_(part_of(found[name], parameter))
+        self._loaded = None
 
 
 class Watch(pl.Callback):
@@ -76,8 +114,8 @@ class Watch(pl.Callback):
     (``scaled``) meets infinite gradients as a matter of course and skips the step.
     """
 
-    def __init__(self, segment: Segment, *, above: float | None, scaled: bool) -> None:
-        self.segment, self.above, self.scaled = segment, above, scaled
+    def __init__(self, segment: Segment, *, above: float | None, scaled: bool, ranks: Ranks) -> None:
+        self.segment, self.above, self.scaled, self.ranks = segment, above, scaled, ranks
         self._first: torch.Tensor | float | None = None  # loss of the run's first step; a float costs a GPU a wait
         self._loss: torch.Tensor | None = None
 
@@ -95,20 +133,24 @@ class Watch(pl.Callback):
 
     @torch.no_grad()
     def complaint(self, module: pl.LightningModule) -> str | None:
-        """What speaks against the state after the last step, or None."""
+        """What speaks against the state after the last step, or None; the same in every process."""
         assert isinstance(module, LitClassifier) and self._loss is not None and self._first is not None
-        weights = torch.stack(torch._foreach_norm(module.trained, math.inf)).amax()
-        found = [self._loss.float(), weights.float(), module.gradient_norm().float()]
-        loss, largest, gradient = torch.stack(found).tolist()  # one wait for the GPU
-        self._first = first = float(self._first)
+        weights = torch.stack(
+            torch._foreach_norm([local(p) for p in module.trained if local(p).numel()], math.inf)
+        ).amax()
+        share = 1 / self.ranks.world
+        first = torch.as_tensor(self._first, dtype=torch.float32, device=weights.device)
+        found = [self._loss.float() * share, weights.float(), module.gradient_norm().float() * share, first * share]
+        loss, largest, gradient, first_loss = self.ranks.total(torch.stack(found)).tolist()  # one wait for the GPU
+        self._first = first_loss
         if not math.isfinite(loss):
             return f"training loss is {loss}"
         if not math.isfinite(gradient) and not self.scaled:
             return f"gradient norm is {gradient}"
         if not math.isfinite(largest):
             return "a parameter is not finite"
-        if self.above is not None and loss > self.above * first:
-            return f"training loss is {loss:.4g}, above {self.above:g} times the {first:.4g} of the first step,"
+        if self.above is not None and loss > self.above * first_loss:
+            return f"training loss is {loss:.4g}, above {self.above:g} times the {first_loss:.4g} of the first step,"
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,15 +169,16 @@ class Log(pl.Callback):
 
     def __init__(
         self,
-        growing: records.GrowingFiles,
+        growing: records.GrowingFiles | None,
         *,
         every: int,
         batch_size: int,
         done: int,
         total: int,
         clock_zero: float,
+        ranks: Ranks,
     ) -> None:
-        self.growing, self.every, self.batch_size = growing, every, batch_size
+        self.growing, self.every, self.batch_size, self.ranks = growing, every, batch_size, ranks
         self.done, self.total, self.clock_zero = done, total, clock_zero
         self._mark = (0.0, 0)  # time and step of the last progress note
 
@@ -148,18 +191,10 @@ class Log(pl.Callback):
         assert isinstance(pl_module, LitClassifier)
         step, now = trainer.global_step, time.monotonic()
         if step % self.every == 0 or step == trainer.max_steps:
-            metrics = {"train/loss": float(outputs["loss"]), "train/lr_scale": pl_module.lr_scale(step - 1)}
-            if pl_module.grad_norm is not None:
-                metrics["train/grad_norm"] = float(pl_module.grad_norm)
-            # JSON has no word for a number that is none. What hangs on the clock is not written at all, so that two runs
-            # of one cell leave the same file.
-            row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-            self.growing.append(records.METRICS, [{"step": step, **row}])
-            if now > self._mark[0] and step > self._mark[1]:
-                metrics["perf/images_per_s"] = self._rate(now, step)
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step)
-        if now - self._mark[0] > 1.0:
+            loss = self.ranks.total(outputs["loss"] / self.ranks.world)
+            if self.growing is not None:
+                self._append(self.growing, trainer, pl_module, float(loss), now)
+        if self.growing is not None and now - self._mark[0] > 1.0:
             progress = {
                 "step": self.done + step,
                 "total_steps": self.total,
@@ -169,6 +204,22 @@ class Log(pl.Callback):
             self.growing.check()
             records.write_json(self.growing.directory / records.PROGRESS, progress)
             self._mark = (now, step)
+
+    def _append(
+        self, growing: records.GrowingFiles, trainer: pl.Trainer, module: LitClassifier, loss: float, now: float
+    ) -> None:
+        step = trainer.global_step
+        metrics = {"train/loss": loss, "train/lr_scale": module.lr_scale(step - 1)}
+        if module.grad_norm is not None:
+            metrics["train/grad_norm"] = float(module.grad_norm)
+        # JSON has no word for a number that is none. What hangs on the clock is not written at all, so that two runs
+        # of one cell leave the same file.
+        row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        growing.append(records.METRICS, [{"step": step, **row}])
+        if now > self._mark[0] and step > self._mark[1]:
+            metrics["perf/images_per_s"] = self._rate(now, step)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
 
     def _rate(self, now: float, step: int) -> float:
         return round((step - self._mark[1]) * self.batch_size / (now - self._mark[0]), 1)
@@ -190,31 +241,33 @@ class Evaluate(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.at_start and trainer.global_step == 0:
-            self._run(pl_module, 0)
+            self._run(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step in self.segment.evaluate_at:
-            self._run(pl_module, trainer.global_step)
+            self._run(trainer, pl_module)
 
-    def _run(self, pl_module: pl.LightningModule, step: int) -> None:
-        model = self.ema.model if self.ema else pl_module.model
+    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = pl_module.model
         assert isinstance(model, torch.nn.Module)
         model.eval()
-        self.evaluate(model, step, self.weights)
-        assert isinstance(pl_module.model, torch.nn.Module)
-        pl_module.model.train()
+        with self.ema.in_place() if self.ema else nullcontext(), trainer.precision_plugin.forward_context():
+            self.evaluate(model, trainer.global_step, self.weights)
+        model.train()
 
 
 class Resume(pl.Callback):
     """Resume points: after every evaluation, every so many seconds, at the end of the segment, and on a stop signal.
 
     A point carries the configuration's hash, the marks of the growing files and the state of torch's random generator.
-    A state that `Watch` complains about is not saved, so the newest point is a good one whenever the run diverges.
+    A state that `Watch` complains about is not saved, so the newest point is a good one whenever the run diverges. Of
+    several processes one that is told to stop, or whose clock says that a point is due, is heeded by all a step later.
     """
 
     def __init__(
         self,
-        growing: records.GrowingFiles,
+        growing: records.GrowingFiles | None,
+        directory: Path,
         plan: Sequence[Segment],
         index: int,
         *,
@@ -222,9 +275,10 @@ class Resume(pl.Callback):
         config_hash: str,
         every_s: float,
         stop_requested: Callable[[], bool],
+        ranks: Ranks,
     ) -> None:
-        self.growing, self.plan, self.index, self.watch = growing, plan, index, watch
-        self.config_hash, self.every_s, self.stop_requested = config_hash, every_s, stop_requested
+        self.growing, self.directory, self.plan, self.index, self.watch = growing, directory, plan, index, watch
+        self.config_hash, self.every_s, self.stop_requested, self.ranks = config_hash, every_s, stop_requested, ranks
         self._saved_at = time.monotonic()
         self._rng: torch.Tensor | None = None
 
@@ -235,22 +289,22 @@ class Resume(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step, segment = trainer.global_step, self.plan[self.index]
-        stop = self.stop_requested()
-        if (
-            stop
-            or step == segment.stop
-            or step in segment.evaluate_at
-            or time.monotonic() - self._saved_at > self.every_s
-        ) and self.watch.complaint(pl_module) is None:
-            self._save(trainer, checkpoints.ResumePoint(self.index, step))
+        due = self.ranks.first and time.monotonic() - self._saved_at > self.every_s
+        stop, due = self.ranks.agree(self.stop_requested(), due)
+        if stop or due or step == segment.stop or step in segment.evaluate_at:
+            if step == segment.stop:
+                self.ranks.settle()
+            if self.watch.complaint(pl_module) is None:
+                self._save(trainer, checkpoints.ResumePoint(self.index, step))
         if stop:
             raise Stopped(f"stopped by a signal at step {step}")
 
     def _save(self, trainer: pl.Trainer, point: checkpoints.ResumePoint) -> None:
-        directory = self.growing.directory
-        self.growing.sync()  # first: the point remembers them
-        trainer.save_checkpoint(directory / point.name)
-        checkpoints.thin_out(directory, self.plan)
+        if self.growing is not None:
+            self.growing.sync()  # first: the point remembers them
+        trainer.save_checkpoint(self.directory / point.name)
+        if self.ranks.first:
+            checkpoints.thin_out(self.directory, self.plan)
         self._saved_at = time.monotonic()
 
     def on_save_checkpoint(
@@ -258,7 +312,7 @@ class Resume(pl.Callback):
     ) -> None:
         checkpoint[checkpoints.KEY] = {
             "config_hash": self.config_hash,
-            "marks": dict(self.growing.marks),
+            "marks": dict(self.growing.marks) if self.growing is not None else {},  # the first process writes it
             "rng": torch.get_rng_state(),
         }
 

@@ -1,14 +1,16 @@
 """Resume points on disk: how they are named, written so that neither a kill nor a full disk leaves half of one, and chosen.
 
-A resume point is a file ``segment003-step00000160.ckpt``. Names sort by age, and a file in its place is never touched
-again. Kept are the two newest points and the two newest ends of trunk segments, from which the branches leave: if the
-newest is damaged, the run goes on from the one before.
+A resume point is a file ``segment003-step00000160.ckpt``, or of a sharded run a folder (`sovit.lit.sharded`); either is
+read whatever the run is spread over now. Names sort by age, and what is in its place is never touched again. Kept are the
+two newest points and the two newest ends of trunk segments, from which the branches leave: if the newest is damaged, the
+run goes on from the one before.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +22,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from sovit import records
 from sovit.config import ConfigError
+from sovit.lit import sharded
 from sovit.schedule import Segment
 
 GENERATIONS = 2
@@ -76,10 +79,18 @@ def begin(directory: Path, plan: Sequence[Segment], config_hash: str) -> tuple[R
     if unusable:
         print(f"Going back to {chosen.name}." if chosen else "No resume point is left; starting from scratch.")
     for point in unusable:
-        (directory / point.name).unlink()
+        remove(directory / point.name)
     for scratch in directory.glob(records.scratch_of(Path("*.*")).name):
-        scratch.unlink(missing_ok=True)
+        remove(scratch)
     return chosen, state
+
+
+def remove(path: Path) -> None:
+    """Delete a resume point of either kind, or do nothing if it is gone."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _usable(directory: Path, plan: Sequence[Segment], point: ResumePoint, config_hash: str) -> dict[str, Any]:
@@ -111,8 +122,15 @@ def _checked(path: Path, config_hash: str) -> dict[str, Any]:
 def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """A checkpoint's content, on the CPU. Raises Unusable if it is missing or damaged.
 
-    torch does not look at the checksums in the archive: a flipped bit would be a weight like any other.
+    torch does not look at the checksums in the archive: a flipped bit would be a weight like any other. Of a folder the
+    content is what is no tensor of the model; `whole` adds the tensors.
     """
+    if path.is_dir():
+        try:
+            sharded.read_index(path)
+            return sharded.read_rest(path)
+        except sharded.Damaged as error:
+            raise Unusable(str(error)) from None
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -129,6 +147,49 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Unusable("it is no checkpoint of a run")
     return content
+
+
+def whole(directory: Path) -> dict[str, Any]:
+    """A folder's resume point as the checkpoint that one process would have written. Raises Unusable."""
+    content = read(directory)
+    groups, values = content.pop("param_groups"), content.pop("optimizer_values")
+    names = [name for group in groups for name in group["params"]]
+    state: dict[int, dict[str, Any]] = {number: dict(values.get(name, {})) for number, name in enumerate(names)}
+    model, average = {}, {}
+    for key, tensor in sharded.read_whole(directory).items():
+        name = key.partition(".")[2]
+        if key.startswith(sharded.MODEL):
+            model[key] = tensor
+        elif key.startswith(sharded.AVERAGE):
+            average[name] = tensor
+        else:
+            parameter, _, what = name.rpartition(".")
+            state[names.index(parameter)][what] = tensor
+    numbers = iter(range(len(names)))
+    numbered = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
+    if average:
+        content["callbacks"]["Ema"] = average
+    return {**content, "state_dict": model, "optimizer_states": [{"state": state, "param_groups": numbered}]}
+
+
+def by_name(content: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, other values of the optimiser) of a single-file checkpoint, named as in a folder.
+
+    ``groups`` are those of the optimiser that goes on, with the parameters' names. Raises Unusable if they do not fit.
+    """
+    saved = content["optimizer_states"][0]
+    names = [name for group in groups for name in group["params"]]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
+        raise Unusable("its optimiser has other groups of parameters")
+    tensors = dict(content["state_dict"])
+    values: dict[str, dict[str, Any]] = {}
+    for number, state in saved["state"].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{sharded.OPTIMIZER}{names[number]}.{key}"] = value
+            else:
+                values.setdefault(names[number], {})[key] = value
+    return tensors, values
 
 
 def write(path: Path, content: dict[str, Any], check: Callable[[], None]) -> None:
@@ -180,7 +241,7 @@ def thin_out(directory: Path, plan: Sequence[Segment]) -> None:
     points = resume_points(directory)
     ends = [point for point in points if point == (point.segment, _end_of_trunk(plan, point.segment))]
     for point in set(points) - {*points[-GENERATIONS:], *ends[-GENERATIONS:]}:
-        (directory / point.name).unlink(missing_ok=True)
+        remove(directory / point.name)
 
 
 def _end_of_trunk(plan: Sequence[Segment], index: int) -> int | None:
@@ -190,7 +251,7 @@ def _end_of_trunk(plan: Sequence[Segment], index: int) -> int | None:
 def delete(directory: Path, *, keep_newest: bool) -> None:
     """Delete the resume points of a finished run, or all but the newest."""
     for point in resume_points(directory)[: -1 if keep_newest else None]:
-        (directory / point.name).unlink(missing_ok=True)
+        remove(directory / point.name)
 
 
 class CheckpointFiles(CheckpointIO):
@@ -203,7 +264,7 @@ class CheckpointFiles(CheckpointIO):
         write(Path(path), checkpoint, self.check)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read(Path(path))
+        return whole(Path(path)) if Path(path).is_dir() else read(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))

@@ -1,15 +1,28 @@
-"""The LightningDataModule of the embedded images, and the few-shot targets a configuration names."""
+"""The LightningDataModule of a run's training stream, and the few-shot targets a configuration names."""
 
 from __future__ import annotations
 
+import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sovit.config import RunConfig
-from sovit.data.fractals import FractalWorld
+from sovit import records
+from sovit.config import ConfigError, RunConfig, fewshot_name
+from sovit.data.bad_files import BadFiles
+from sovit.data.fractals import FractalWorld, fingerprint
+from sovit.data.images import Batch, ImageStream, fewshot_set, finish
+from sovit.data.order import mix
+from sovit.data.shards import shard_paths
+from sovit.data.sources import SPLITS, Images, kind_of, open_images
 from sovit.data.stream import FewShotSet, FractalDataset, StepSampler, digits_fewshot, fractal_fewshot, make_loader
+from sovit.data.views import TestView, TrainView
+from sovit.schema import EVAL_DATASETS
 
 
 def world_of(cfg: RunConfig) -> FractalWorld:
@@ -22,25 +35,176 @@ def world_of(cfg: RunConfig) -> FractalWorld:
     )
 
 
-class FractalData(pl.LightningDataModule):
-    """Batch k of the run's own stream, from the trainer's current step to ``total_steps``."""
+class TrainData(pl.LightningDataModule):
+    """Batch k of the run's own stream, from the trainer's current step to ``total_steps``.
 
-    def __init__(self, cfg: RunConfig, total_steps: int) -> None:
+    Process ``rank`` of ``world`` gets the rows rank * B / world .. (rank + 1) * B / world - 1 of each global batch. Images
+    in files come from the loader as bytes, and become floats (and mixtures) on the device, after the transfer.
+    Raises ConfigError for an uneven share, or one that tears the pairs of mixup apart.
+    """
+
+    def __init__(self, cfg: RunConfig, total_steps: int, *, rank: int = 0, world: int = 1) -> None:
         super().__init__()
-        self.cfg, self.total_steps = cfg, total_steps
+        self.cfg, self.total_steps, self.rank, self.world = cfg, total_steps, rank, world
+        batch = cfg.trainer.global_batch_size
+        if batch % world or (cfg.data.mixup and batch // world % 2):
+            share = "an even number of images, for mixup" if cfg.data.mixup else "equal shares"
+            raise ConfigError(f"trainer.global_batch_size={batch} does not give {world} processes {share}.")
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         cfg = self.cfg
-        dataset = FractalDataset(world_of(cfg), stream=cfg.seed, channels=cfg.model.channels)
-        sampler = StepSampler(cfg.trainer.global_batch_size, self.trainer.global_step, self.total_steps)
-        return make_loader(dataset, sampler, cfg.data.num_workers)
+        sampler = StepSampler(
+            cfg.trainer.global_batch_size,
+            self.trainer.global_step,
+            self.total_steps,
+            rank=self.rank,
+            world=self.world,
+        )
+        pin = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        return make_loader(train_stream(cfg), sampler, cfg.data.num_workers, pin_memory=pin)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """(images, labels) of a batch that has arrived on its device."""
+        if not isinstance(batch, Batch):
+            return batch
+        for name, reason in batch.bad:
+            bad_files(self.cfg, self.rank).note(name, reason)
+        return finish(batch, self.cfg.data.num_classes)
+
+    def teardown(self, stage: str) -> None:
+        """Says what could not be used, once more as a segment ends."""
+        said = unusable(self.cfg, self.rank)
+        if said and self.rank == 0:
+            print(said, flush=True)
+
+
+def train_stream(cfg: RunConfig) -> FractalDataset | ImageStream:
+    """Image i of the run's training stream, for every i."""
+    data = cfg.data
+    if data.name == "fractals":
+        return FractalDataset(world_of(cfg), stream=cfg.seed, channels=cfg.model.channels)
+    view = TrainView(
+        cfg.model.image_size,
+        cfg.model.channels,
+        data.min_area,
+        data.flip,
+        data.randaugment_ops,
+        data.randaugment_magnitude,
+    )
+    seed = int(mix(data.seed, cfg.seed))
+    return ImageStream(train_images(cfg), view, seed, group=data.shuffle_shards, mixup=data.mixup)
+
+
+def train_images(cfg: RunConfig) -> Images:
+    """The files to train on. Raises ConfigError if they cannot be, or hold another number of classes."""
+    data = cfg.data
+    images = _listed(data.name, data.root or "", data.split, data.class_list, data.image_key, data.label_key)
+    found = len(images.classes)
+    if found != data.num_classes:
+        what = f"{data.class_list} lists" if data.class_list else f"{images.where} holds"
+        raise ConfigError(
+            f"data.num_classes={data.num_classes}, but {what} {found} classes; write data.num_classes={found}."
+        )
+    return images
+
+
+def data_fingerprint(cfg: RunConfig) -> str:
+    """A short name that changes when the training data do: of files, with their names and sizes, and the classes.
+
+    Lists all files that the configuration names, those of the few-shot sets too, so that what is wrong with them shows
+    before anything is trained. Raises ConfigError.
+    """
+    sources = _sources(cfg)
+    return fingerprint(world_of(cfg)) if cfg.data.name == "fractals" else sources[0].fingerprint
 
 
 def fewshot_sets(cfg: RunConfig) -> list[FewShotSet]:
-    """The targets of ``eval.datasets``, at the model's image size and number of channels."""
-    build = {
-        "fractals": lambda: fractal_fewshot(world_of(cfg), cfg.model.channels),
-        "digits": lambda: digits_fewshot(cfg.model.image_size, cfg.model.channels),
-    }
-    return [build[name]() for name in cfg.eval.datasets]
+    """The targets of ``eval.datasets``, at the model's image size and number of channels. Raises ConfigError."""
+    size, channels = cfg.model.image_size, cfg.model.channels
+    threads = max(1, min(cfg.data.num_workers, os.cpu_count() or 1))
+
+    def build(dataset: str) -> FewShotSet:
+        if dataset == "fractals":
+            return fractal_fewshot(world_of(cfg), channels)
+        if dataset == "digits":
+            return digits_fewshot(size, channels)
+        bad = bad_files(cfg)
+        train, test = fewshot_images(dataset)
+        try:
+            return fewshot_set(
+                fewshot_name(dataset),
+                train,
+                test,
+                TestView(size, channels),
+                shots=cfg.eval.shots,
+                threads=threads,
+                note=bad.note,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    return [build(dataset) for dataset in cfg.eval.datasets]
+
+
+def fewshot_images(dataset: str) -> tuple[Images, Images]:
+    """What to draw support from and what to test on: the parts train, and test or val, of a folder. Raises ConfigError."""
+    try:
+        kind = kind_of(dataset)
+    except ValueError as error:
+        raise ConfigError(f"eval.datasets: {error}") from None
+    parts = [name for name in SPLITS if _has_part(kind, dataset, name)]
+    support = next((name for name in parts if name.startswith("train")), None)
+    tested = next((name for name in parts if not name.startswith("train")), None)
+    if support is None or tested is None:
+        found = f"only {', '.join(parts)}" if parts else "neither"
+        raise ConfigError(
+            f"eval.datasets: {dataset} needs a part called train and one called test or val; it has {found}."
+        )
+    return _listed(kind, dataset, support), _listed(kind, dataset, tested)
+
+
+def _has_part(kind: str, root: str, part: str) -> bool:
+    folder = Path(root).expanduser()
+    if kind == "webdataset":
+        try:
+            return bool(shard_paths(str(folder), part))
+        except ValueError:
+            return False
+    if kind == "hf" and not (folder / "dataset_dict.json").exists():
+        return any(folder.rglob(f"{part}-*.parquet")) or (folder / f"{part}.parquet").exists()
+    return (folder / part).is_dir()
+
+
+def unusable(cfg: RunConfig, rank: int = 0) -> str | None:
+    """One sentence on the files of a run that could not be used so far, or None if there were none."""
+    return bad_files(cfg, rank).summary(sum(len(images) + images.left_out.count for images in _sources(cfg)))
+
+
+def bad_files(cfg: RunConfig, rank: int = 0) -> BadFiles:
+    """The record of unusable files that this process keeps for a run; written where the run's own directory is."""
+    directory = records.run_dir(cfg)
+    known = _bad_files(directory, directory.is_dir(), rank)
+    for images in _sources(cfg):
+        known.note_left_out(images)
+    return known
+
+
+def _sources(cfg: RunConfig) -> list[Images]:
+    """Every list of files that the configuration names."""
+    sources = [] if cfg.data.name == "fractals" else [train_images(cfg)]
+    for dataset in cfg.eval.datasets:
+        sources += () if dataset in EVAL_DATASETS else fewshot_images(dataset)
+    return list({id(images): images for images in sources}.values())
+
+
+@functools.lru_cache(maxsize=8)
+def _bad_files(directory: Path, there: bool, rank: int) -> BadFiles:
+    return BadFiles(directory if there else None, rank)
+
+
+def _listed(kind: str, root: str, *rest: str | None) -> Images:
+    try:
+        return open_images(kind, root, *rest)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -2,105 +2,137 @@
 
 A run is a list of segments (`sovit.schedule.segments`), each one ``Trainer.fit`` from a checkpoint. The state on disk
 is enough to go on (`sovit.lit.checkpoints`), whichever moment a process was killed at. Nothing is written without
-asking whether the run is still this process's own (`sovit.claims`).
+asking whether the run is still this process's own (`sovit.claims`). Of several processes (`sovit.lit.ranks`) the first
+one holds the claim and writes; all train.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
+import gc
 import logging
 import os
-import platform
 import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
-import numpy as np
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sovit import claims, records, schedule
-from sovit.config import ConfigError, RunConfig, compose, eval_steps, model_geometry, shape_of
-from sovit.data.fractals import fingerprint
-from sovit.flops import forward_gflops, num_params
-from sovit.launch.pay.hardware import hardware
-from sovit.lit import checkpoints
-from sovit.lit.callbacks import Diverged, Ema, Evaluate, Log, Resume, Stopped, Watch
-from sovit.lit.data import FractalData, world_of
+from sovit.config import ConfigError, RunConfig, compose, eval_steps
+from sovit.launch import processes
+from sovit.lit import checkpoints, layout, sharded
+from sovit.lit.callbacks import Diverged, Stopped
 from sovit.lit.evaluation import Evaluation
+from sovit.lit.fit import Work, fit
 from sovit.lit.loggers import finish, make_loggers
-from sovit.lit.module import LOSSES, LitClassifier
-from sovit.models.vit import build_vit
-from sovit.optim import build_optimizer
+from sovit.lit.ranks import PortTaken, Ranks, joined
+from sovit.lit.record import new_record
 
 # Exit codes of a cell.
-OK, ERROR, DIVERGED, STOPPED, LOCKED = 0, 1, 3, 75, 76
+OK, ERROR, DIVERGED, STOPPED, LOCKED, OUT_OF_MEMORY, PORT_TAKEN = 0, 1, 3, 75, 76, 77, 78
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notes on hardware and other products
 
 
 def run_cell(overrides: Sequence[str]) -> int:
     """Run one cell given as Hydra overrides; the exit code says how it ended. Raises ConfigError."""
-    return run(compose(overrides))
+    return run(compose(overrides), overrides)
 
 
-def run(cfg: RunConfig) -> int:
+def run(cfg: RunConfig, arguments: Sequence[str] = ()) -> int:
     """Run one cell to its end, or on from where it stood; the exit code says how it ended.
 
+    ``arguments`` are those of sovit.train that describe it: what its processes are started with, if it has several.
     Raises ConfigError if another cell's records are in its place, or its record cannot be read.
     """
-    directory = records.run_dir(cfg)
+    devices = processes.wanted(cfg)
+    if devices:
+        return processes.start(arguments, devices=devices)
+    here = processes.place()
+    cfg = replace(cfg, parallel=processes.settled(cfg, here))
+    if here is not None and here.world > 1:
+        processes.rendezvous(here)
     try:
-        with claims.hold(directory, say=_say) as claim:
-            return _run_held(cfg, directory, claim)
-    except (claims.Held, claims.Lost) as error:
+        with joined(here) as ranks:
+            while (code := _run_joined(cfg, ranks)) == OUT_OF_MEMORY and ranks.world == 1:
+                gc.collect()
+                torch.cuda.empty_cache()
+            return code
+    except PortTaken as error:
         _say(str(error))
+        return PORT_TAKEN
+
+
+def _run_joined(cfg: RunConfig, ranks: Ranks) -> int:
+    directory = records.run_dir(cfg)
+    say = _say if ranks.first else _silent
+    try:
+        with contextlib.ExitStack() as stack:
+            return _run_held(cfg, directory, ranks, stack, say)
+    except (claims.Held, claims.Lost) as error:
+        say(str(error))
         return LOCKED
     except OSError as error:
         code, reason = _obstacle(error) or _raise(error)
-        _say(f"{directory.name}: {reason}")
+        say(f"{directory.name}: {reason}")
         return code
 
 
-def _run_held(cfg: RunConfig, directory: Path, claim: claims.Claim) -> int:
-    found = _found(cfg, directory)
-    if found.get("status") == records.DONE:
-        broken = records.broken_seal(directory, found)
-        if broken is None:
-            checkpoints.delete(directory, keep_newest=cfg.trainer.keep_checkpoint)  # if a kill came after the done mark
-            print(f"{directory.name} is done already.")
-            return OK
-        print(f"{directory.name} was done, but {broken}; it is trained again.")
-    claim.check()
-    plan = schedule.segments(list(eval_steps(cfg)), cfg.eval.weights, cfg.schedule.cooldown)  # type: ignore[arg-type]
-    point, state = checkpoints.begin(directory, plan, records.config_hash(cfg))
-    growing = records.GrowingFiles(directory, state.get("marks"), claim.check)
-    if point is not None:
-        print(f"Going on from step {point.step} of segment {point.segment + 1} of {len(plan)}.")
-    torch.set_num_threads(cfg.trainer.num_threads)
-    started = time.monotonic()
-    record = _new_record(cfg, directory, found)
-    claim.check()
-    records.write_json(directory / records.RUN, record, durable=True)
+class _Beginning(NamedTuple):
+    """Where the run stands: ``over`` if nothing is left to do, else the resume point, if there is one, and the layout."""
 
-    loggers = make_loggers(
-        cfg, directory
-    )  # metrics.jsonl is written by the Log callback, which knows where its rows end
-    work = _Work(cfg, plan, growing, loggers, started - record["wall_s"])
+    over: bool
+    point: checkpoints.ResumePoint | None = None
+    layout: layout.Layout | None = None
+
+
+@dataclass
+class _Own:
+    """What the first process alone has."""
+
+    claim: claims.Claim
+    growing: records.GrowingFiles
+    record: dict[str, Any]
+    loggers: list[Logger]
+
+
+def _run_held(
+    cfg: RunConfig, directory: Path, ranks: Ranks, stack: contextlib.ExitStack, say: Callable[..., None]
+) -> int:
+    plan = schedule.segments(list(eval_steps(cfg)), cfg.eval.weights, cfg.schedule.cooldown)  # type: ignore[arg-type]
+    own: list[_Own] = []
+    begun = ranks.tell(lambda: _begin(cfg, directory, ranks, plan, stack, own))
+    if begun.over:
+        return OK
+    assert begun.layout is not None
+    first = own[0] if own else None
+    started = time.monotonic()
+    torch.set_num_threads(cfg.trainer.num_threads)
+    work = Work(
+        cfg=cfg,
+        plan=plan,
+        directory=directory,
+        growing=first.growing if first else None,
+        loggers=first.loggers if first else [],
+        clock_zero=started - (first.record["wall_s"] if first else 0.0),
+        ranks=ranks,
+        layout=begun.layout,
+        check=first.claim.check if first else _nothing,
+    )
+    found: dict[str, Any] = {}
     code, reason = ERROR, None
     try:
         with _stop_on_signals() as stop_requested:
-            record |= _train(work, point, stop_requested)
+            found = _train(work, begun.point, stop_requested)
         code = OK
     except Stopped as error:
         code, reason = STOPPED, str(error)
@@ -108,30 +140,91 @@ def _run_held(cfg: RunConfig, directory: Path, claim: claims.Claim) -> int:
         code, reason = STOPPED, "stopped by a signal"
     except Diverged as error:
         code, reason = DIVERGED, str(error)
-        record["diverged_step"] = error.step
-    except checkpoints.Unusable as error:  # since this process began; the next one goes back further
+        found["diverged_step"] = error.step
+    except (checkpoints.Unusable, sharded.Damaged) as error:  # since this process began; the next one goes back further
         code, reason = STOPPED, f"a resume point is unusable: {error}"
+    except torch.OutOfMemoryError:
+        code, reason = _smaller(work)
     except claims.Lost:
-        finish(loggers, LOCKED)
+        finish(work.loggers, LOCKED)
         raise
     except Exception as error:  # a failed cell is a state of the sweep, not the end of it
         found_obstacle = _obstacle(error)
         if found_obstacle is None:
             _say(traceback.format_exc().rstrip(), sys.stderr)
         code, reason = found_obstacle or (ERROR, f"{type(error).__name__}: {error}".splitlines()[0])
-    status = {OK: records.DONE, DIVERGED: records.DIVERGED, STOPPED: records.RUNNING, ERROR: records.FAILED}[code]
-    record |= {"status": status, "reason": reason, "wall_s": round(record["wall_s"] + time.monotonic() - started, 2)}
+    return _conclude(work, first, code, reason, found, time.monotonic() - started) if first else code
+
+
+def _begin(
+    cfg: RunConfig,
+    directory: Path,
+    ranks: Ranks,
+    plan: Sequence[schedule.Segment],
+    stack: contextlib.ExitStack,
+    own: list[_Own],
+) -> _Beginning:
+    """Take hold of the run and find where it stands: what the first process does before all train."""
+    claim = stack.enter_context(claims.hold(directory, say=_say))
+    before = _found(cfg, directory)
+    if before.get("status") == records.DONE:
+        broken = records.broken_seal(directory, before)
+        if broken is None:
+            checkpoints.delete(directory, keep_newest=cfg.trainer.keep_checkpoint)  # if a kill came after the done mark
+            print(f"{directory.name} is done already.")
+            return _Beginning(over=True)
+        print(f"{directory.name} was done, but {broken}; it is trained again.")
+    claim.check()
+    point, state = checkpoints.begin(directory, plan, records.config_hash(cfg))
+    growing = records.GrowingFiles(directory, state.get("marks"), claim.check)
+    if point is not None:
+        print(f"Going on from step {point.step} of segment {point.segment + 1} of {len(plan)}.")
+    chosen = layout.choose(cfg, directory, ranks.world, ranks.local_world)
+    record = new_record(cfg, directory, before) | {"layout": {"processes": ranks.world, **asdict(chosen)}}
+    claim.check()
+    records.write_json(directory / records.RUN, record, durable=True)
+    # metrics.jsonl is written by the Log callback, which knows where its rows end
+    own.append(_Own(claim, growing, record, make_loggers(cfg, directory)))
+    return _Beginning(over=False, point=point, layout=chosen)
+
+
+def _smaller(work: Work) -> tuple[int, str]:
+    """(exit code, reason) after a device had too little memory: the next start takes a smaller micro-batch."""
+    micro = work.layout.micro_batch
     try:
-        claim.check()
+        smaller = layout.shrink(work.directory, work.layout, work.ranks.world)
+    except ValueError:
+        return ERROR, (
+            "out of device memory with one image at a time: spread the model over more devices (parallel=fsdp), or write "
+            "parallel.checkpointing=full"
+        )
+    return OUT_OF_MEMORY, f"out of device memory with a micro-batch of {micro}; going on with {smaller}"
+
+
+def _conclude(work: Work, own: _Own, code: int, reason: str | None, found: dict[str, Any], seconds: float) -> int:
+    """Write how the run ended, and close what is open; returns the exit code."""
+    cfg, directory, record = work.cfg, work.directory, own.record
+    status = {OK: records.DONE, DIVERGED: records.DIVERGED, ERROR: records.FAILED}.get(code, records.RUNNING)
+    record |= {**found, "status": status, "reason": reason, "wall_s": round(record["wall_s"] + seconds, 2)}
+    try:
+        own.claim.check()
         records.write_json(directory / records.RUN, record, durable=True)
     except OSError as error:  # the record stays as it was: the run is not over
         code, reason = _obstacle(error) or _raise(error)
         status = records.RUNNING
-    finish(loggers, code)  # after the record: uploading must not keep a run from being done
+    finish(own.loggers, code)  # after the record: uploading must not keep a run from being done
     if code == OK:
         checkpoints.delete(directory, keep_newest=cfg.trainer.keep_checkpoint)
     _say(f"{directory.name}: {status}{f' ({reason})' if reason else ''}")
     return code
+
+
+def _silent(*_: Any) -> None:
+    """What the first process says need not be said again."""
+
+
+def _nothing() -> None:
+    """The claim is the first process's."""
 
 
 def _found(cfg: RunConfig, directory: Path) -> dict[str, Any]:
@@ -180,74 +273,10 @@ def _say(text: str, file: Any = None) -> None:
         os.close(nowhere)
 
 
-def _new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[str, Any]:
-    shape = shape_of(cfg)
-    noted = (found.get("wall_s"), (records.read_progress(directory) or {}).get("wall_s"))
-    return {
-        "schema": records.SCHEMA,
-        "run_id": directory.name,
-        "sweep": cfg.name,
-        "status": records.RUNNING,
-        "reason": None,
-        **shape.as_dict(),
-        "seed": cfg.seed,
-        "num_params": sum(num_params(shape, **model_geometry(cfg), pos_embed=cfg.model.pos_embed).values()),
-        "forward_gflops": forward_gflops(shape, **model_geometry(cfg)),
-        "config_hash": records.config_hash(cfg),
-        "code_version": records.code_version(),
-        "lock_sha256": records.lock_hash(),
-        "data_fingerprint": fingerprint(world_of(cfg)),
-        "torch_version": torch.__version__,
-        "machine": _machine(cfg),
-        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "wall_s": max([0.0, *(seconds for seconds in noted if isinstance(seconds, int | float))]),
-        "config": dataclasses.asdict(cfg),
-    }
-
-
-# What decides, beside the configuration, in which order or precision a machine adds: kept to explain two runs that differ.
-ENVIRONMENT = (
-    "ATEN_CPU_CAPABILITY",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "DNNL_MAX_CPU_ISA",
-    "KMP_AFFINITY",
-    "MKL_CBWR",
-    "MKL_NUM_THREADS",
-    "NVIDIA_TF32_OVERRIDE",
-    "OMP_NUM_THREADS",
-    "ONEDNN_MAX_CPU_ISA",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-)
-
-
-def _machine(cfg: RunConfig) -> dict[str, Any]:
-    """The processor and the versions that a number can depend on in its last digits."""
-    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return {
-        **hardware("gpu" if gpu else "cpu"),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.version.cuda if gpu else None,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "lightning": pl.__version__,
-    }
-
-
-class _Work(NamedTuple):
-    """What the segments of a run share. The run would have begun at ``clock_zero`` had its processes left no gaps."""
-
-    cfg: RunConfig
-    plan: list[schedule.Segment]
-    growing: records.GrowingFiles
-    loggers: list[Logger]
-    clock_zero: float
-
-
-def _train(work: _Work, point: checkpoints.ResumePoint | None, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+def _train(work: Work, point: checkpoints.ResumePoint | None, stop_requested: Callable[[], bool]) -> dict[str, Any]:
     """Train and evaluate every segment from a resume point on; returns what the run's record has to say about it."""
-    cfg, plan, directory = work.cfg, work.plan, work.growing.directory
-    evaluation = Evaluation(cfg, work.growing, work.loggers)
+    cfg, plan, growing = work.cfg, work.plan, work.growing
+    evaluation = Evaluation(cfg, growing, work.loggers, work.ranks, work.directory.name)
     first = 0 if point is None else point.segment
     if point is not None and point.step == plan[first].stop:
         first, point = first + 1, None
@@ -255,132 +284,21 @@ def _train(work: _Work, point: checkpoints.ResumePoint | None, stop_requested: C
     for index in range(first, len(plan)):
         begin = point if index == first and point else checkpoints.origin(plan, index)
         before = time.monotonic()
-        trained += _fit(work, index, begin, evaluation, stop_requested)
+        trained += fit(work, index, begin, evaluation, stop_requested)
         seconds += time.monotonic() - before
-    work.growing.sync()
-    foreign = work.growing.foreign()
+    if growing is None:
+        return {}
+    growing.sync()
+    foreign = growing.foreign()
     if foreign:
         raise checkpoints.Unusable(f"{foreign}; the same command repeats what is wrong")
     rate = trained * cfg.trainer.global_batch_size / seconds if seconds else None
     return {
         "baselines": evaluation.baselines(),
         "steps_trained": schedule.steps_trained(plan),
-        "images_per_s": round(rate, 1) if rate else (records.read_progress(directory) or {}).get("images_per_s"),
-        **records.seal(directory),
+        "images_per_s": round(rate, 1) if rate else (records.read_progress(work.directory) or {}).get("images_per_s"),
+        **records.seal(work.directory),
     }
-
-
-def _fit(
-    work: _Work,
-    index: int,
-    begin: checkpoints.ResumePoint | None,
-    evaluation: Evaluation,
-    stop_requested: Callable[[], bool],
-) -> int:
-    """Train one segment from a resume point (None: the random initialisation); returns the steps this took."""
-    cfg, growing, segment = work.cfg, work.growing, work.plan[index]
-    pl.seed_everything(cfg.seed, verbose=False)
-    module = build_module(cfg, segment)
-    ema = Ema(cfg.eval.ema_horizon) if cfg.eval.weights == "ema" else None
-    watch = Watch(segment, above=cfg.optim.diverged_above, scaled=cfg.trainer.precision == "16-mixed")
-    callbacks = [
-        *([ema] if ema else []),
-        watch,
-        Log(
-            growing,
-            every=cfg.trainer.log_every_n_steps,
-            batch_size=cfg.trainer.global_batch_size,
-            done=schedule.steps_trained(work.plan[:index]) - segment.start,  # done + global_step counts all steps
-            total=schedule.steps_trained(work.plan),
-            clock_zero=work.clock_zero,
-        ),
-        Evaluate(segment, evaluation, ema, at_start=index == 0),
-        Resume(
-            growing,
-            work.plan,
-            index,
-            watch=watch,
-            config_hash=records.config_hash(cfg),
-            every_s=cfg.trainer.checkpoint_every_s,
-            stop_requested=stop_requested,
-        ),
-    ]
-    with warnings.catch_warnings():
-        # The first two are meant: batches are rendered in this process, and a resume inside an epoch is exact here (the
-        # position in the data is a function of the step). The third is between Lightning 2.6 and torch.
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*You're resuming from a checkpoint that ended before the epoch ended.*")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-        warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # a machine with Slurm, not used here
-        trainer = pl.Trainer(
-            accelerator=cfg.trainer.accelerator,
-            devices=1,
-            precision=cfg.trainer.precision,  # type: ignore[arg-type]
-            max_steps=segment.stop,
-            max_epochs=-1,
-            callbacks=callbacks,
-            logger=work.loggers or False,
-            # One process a cell: a Slurm that Lightning detects would be asked for ranks, and requeued behind our back.
-            plugins=[checkpoints.CheckpointFiles(growing.check), LightningEnvironment()],
-            default_root_dir=growing.directory,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,  # not used: the Log callback decides
-            use_distributed_sampler=False,
-        )
-        path = growing.directory / begin.name if begin else None
-        trainer.fit(module, FractalData(cfg, segment.stop), ckpt_path=path, weights_only=True)
-    return trainer.global_step - (begin.step if begin else 0)
-
-
-def build_model(cfg: RunConfig) -> torch.nn.Module:
-    """The model a configuration asks for, freshly initialised from torch's global generator."""
-    return build_vit(
-        shape_of(cfg),
-        image_size=cfg.model.image_size,
-        channels=cfg.model.channels,
-        num_classes=cfg.data.num_classes,
-        pool=cfg.model.pool,
-        pos_embed=cfg.model.pos_embed,
-        init=cfg.model.init,
-        head_bias=cfg.model.head_bias,
-        drop_path_rate=cfg.model.drop_path_rate,
-    )
-
-
-def build_module(cfg: RunConfig, segment: schedule.Segment) -> LitClassifier:
-    """The LightningModule of a segment, with a fresh model."""
-    optim = cfg.optim
-    model = build_model(cfg)
-    optimizer = build_optimizer(
-        model,
-        optim.name,  # type: ignore[arg-type]
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        head_weight_decay=optim.head_weight_decay,
-        lr_rule=optim.lr_rule,  # type: ignore[arg-type]
-        base_width=optim.base_width,
-        base_depth=optim.base_depth,
-        base_mlp_dim=optim.base_mlp_dim,
-        beta1=optim.beta1,
-        beta2=optim.beta2,
-    )
-
-    def lr_scale(step: int) -> float:
-        return schedule.learning_rate_scale(
-            step,
-            kind=cfg.schedule.kind,  # type: ignore[arg-type]
-            total_steps=segment.total_steps,
-            warmup_steps=cfg.schedule.warmup_steps,
-            timescale=cfg.schedule.timescale,
-            cooldown_steps=segment.cooldown_steps,
-        )
-
-    return LitClassifier(
-        model, loss=LOSSES[optim.loss], optimizer=optimizer, lr_scale=lr_scale, clip_norm=optim.clip_norm
-    )
 
 
 @contextlib.contextmanager

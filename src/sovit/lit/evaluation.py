@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from sovit.fewshot import fewshot_errors, summarise
 from sovit.flops import forward_gflops
 from sovit.lit.callbacks import Diverged
 from sovit.lit.data import fewshot_sets
+from sovit.lit.ranks import Ranks
 from sovit.models.vit import features
 
 EVAL_BATCH = 1024
@@ -24,15 +26,22 @@ EVAL_BATCH = 1024
 class Evaluation:
     """Few-shot evaluation of a model on every target; appends its rows to ``evals.jsonl`` and tells the loggers."""
 
-    def __init__(self, cfg: RunConfig, growing: records.GrowingFiles, loggers: Sequence[Logger]) -> None:
-        self.cfg, self.growing, self.loggers = cfg, growing, loggers
+    def __init__(
+        self,
+        cfg: RunConfig,
+        growing: records.GrowingFiles | None,
+        loggers: Sequence[Logger],
+        ranks: Ranks,
+        run_id: str,
+    ) -> None:
+        self.cfg, self.growing, self.loggers, self.ranks = cfg, growing, loggers, ranks
         self.durations = {0: "init", **eval_steps(cfg)}
         self.targets = fewshot_sets(cfg)
         shape = shape_of(cfg)
         self.gflops = forward_gflops(shape, **model_geometry(cfg))
         self.fields = {
             "schema": records.SCHEMA,
-            "run_id": growing.directory.name,
+            "run_id": run_id,
             "sweep": cfg.name,
             **shape.as_dict(),
             "image_size": cfg.model.image_size,
@@ -46,10 +55,8 @@ class Evaluation:
         rows: list[dict[str, Any]] = []
         metrics: dict[str, float] = {"t_gflops": compute, "examples_seen": examples}
         for target in self.targets:
-            train, test = (extract(model, images) for images in (target.train_images, target.test_images))
-            if not (train.isfinite().all() and test.isfinite().all()):
-                raise Diverged(f"features are not finite at step {step}", step)
-            found = self._errors(target, train, test)
+            train, test = (extract(model, images, self.ranks) for images in (target.train_images, target.test_images))
+            found = self.ranks.tell(functools.partial(self._errors_of, target, train, test, step))
             for row in found:
                 rows.append(
                     {
@@ -66,9 +73,15 @@ class Evaluation:
                 )
             for summary in summarise(found):
                 metrics[f"eval/{target.name}_{summary.shots}shot/error"] = summary.error
-        self.growing.append(records.EVALS, rows)
+        if self.growing is not None:
+            self.growing.append(records.EVALS, rows)
         for logger in self.loggers:
             logger.log_metrics(metrics, step)
+
+    def _errors_of(self, target: FewShotSet, train: torch.Tensor, test: torch.Tensor, step: int) -> list[Any]:
+        if not (train.isfinite().all() and test.isfinite().all()):
+            raise Diverged(f"features are not finite at step {step}", step)
+        return self._errors(target, train, test)
 
     def baselines(self) -> dict[str, Any]:
         """What an error must beat: chance, and the same ridge regression on raw pixels, per data set and shots."""
@@ -93,8 +106,20 @@ class Evaluation:
 
 
 @torch.no_grad()
-def extract(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Pre-logits (N, width) of images (N, channels, size, size), in batches, as float32 on the CPU."""
-    device = next(model.parameters()).device
-    parts = [features(model, batch.to(device)).float().cpu() for batch in images.split(EVAL_BATCH)]  # type: ignore[arg-type]
-    return torch.cat(parts)
+def extract(model: torch.nn.Module, images: torch.Tensor, ranks: Ranks | None = None) -> torch.Tensor:
+    """Pre-logits (N, width) of images (N, channels, size, size), in batches, as float32 on the CPU.
+
+    ``images`` is a tensor, or anything with a length whose slices are tensors. Every process works on its share, in the
+    same number of batches, and the first one gets them all.
+    """
+    ranks = ranks or Ranks()
+    weights = next(model.parameters())
+    mine, most = ranks.share(len(images)), -(-len(images) // ranks.world)
+    parts = []
+    for start in range(mine.start, mine.start + most, EVAL_BATCH):
+        batch = images[start : min(start + EVAL_BATCH, mine.stop)] if start < mine.stop else images[:0]
+        num = min(EVAL_BATCH, mine.start + most - start)
+        if len(batch) < num:  # a sharded model is computed by all processes together
+            batch = torch.cat([batch, batch.new_zeros(num - len(batch), *batch.shape[1:])])
+        parts.append(features(model, batch.to(weights.device, weights.dtype)).float().cpu())  # type: ignore[arg-type]
+    return ranks.collect(torch.cat(parts), len(images))

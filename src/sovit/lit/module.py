@@ -1,67 +1,135 @@
-"""The LightningModule: loss, optimiser and schedule around a model that knows nothing of Lightning."""
+"""The LightningModule: loss, update and schedule around a model that knows nothing of Lightning.
+
+One batch of the loader is one update: the images this process has of a global batch. The module cuts it into
+micro-batches itself (Lightning's manual optimisation), so the trainer counts updates whatever the devices hold at once,
+and a run can go on under another number of processes or another micro-batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def softmax_xent(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean softmax cross-entropy. logits (B, K), labels (B,) class indices."""
+    """Mean softmax cross-entropy. logits (B, K); labels (B,) class indices, or (B, K) probabilities."""
     return F.cross_entropy(logits, labels)
 
 
 def sigmoid_xent(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sigmoid cross-entropy, summed over the K classes, mean over the batch (arXiv 2106.04560, as in big_vision)."""
-    targets = F.one_hot(labels, logits.shape[-1]).to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
+    """Sigmoid cross-entropy, summed over the K classes, mean over the batch (arXiv 2106.04560, as in big_vision).
+
+    logits (B, K); labels (B,) class indices, or (B, K) targets in [0, 1].
+    """
+    targets = F.one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum") / len(logits)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"softmax": softmax_xent, "sigmoid": sigmoid_xent}
 
 
 class LitClassifier(pl.LightningModule):
-    """Supervised pretraining. `optimizer` is built over the model's parameters; `lr_scale(step)` multiplies its rates."""
+    """Supervised pretraining.
+
+    ``optimizer`` makes the optimiser once the model lies on its devices; ``lr_scale(step)`` multiplies its rates.
+    ``prepare`` changes the model in place once the processes are connected. ``micro_batch``: images in one
+    forward pass, None for all that the process has. ``noise_seed``: of stochastic depth, drawn anew from (seed, step) at
+    every step, so that a resume needs no state of a generator; None if the model draws nothing.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         *,
         loss: Callable[[Tensor, Tensor], Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         lr_scale: Callable[[int], float],
         clip_norm: float | None,
+        prepare: Callable[[nn.Module], None] | None = None,
+        micro_batch: int | None = None,
+        noise_seed: int | None = None,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.model = model
-        self.loss = loss
-        self.optimizer = optimizer
-        self.lr_scale = lr_scale
-        self.clip_norm = clip_norm
+        self.loss, self.lr_scale, self.clip_norm = loss, lr_scale, clip_norm
+        self.micro_batch, self.noise_seed = micro_batch, noise_seed
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
-        self.trained: list[Tensor] = [
-            p for p in model.parameters() if p.requires_grad
-        ]  # walking the modules costs 0.2 ms a step
+        self.trained: list[nn.Parameter] = []  # walking the modules costs 0.2 ms a step
+        self._optimizer, self._prepare = optimizer, prepare
+        self._base_lr: list[float] = []
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
+    def configure_model(self) -> None:
+        if self._prepare is not None:
+            self._prepare(self.model)
+            self._prepare = None  # Lightning may call this again
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = self._optimizer(self.model)
+        self._base_lr = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
+
+    def loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a micro-batch."""
         return self.loss(self.model(images), labels)
 
-    def configure_optimizers(self) -> Any:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_scale)
-        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """One update from this process's images (B, channels, size, size) and their labels."""
+        images = batch[0]
+        step = self.trainer.global_step
+        if self.noise_seed is not None:
+            torch.manual_seed((self.noise_seed << 40) + (step << 16) + self.global_rank)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        images = images.to(self.trained[0].dtype)  # float64, which the trainer leaves to us
+        parts = list(
+            zip(*(tensor.split(self.micro_batch or len(images)) for tensor in (images, batch[1])), strict=True)
+        )
+        loss = torch.zeros((), device=images.device) if len(parts) > 1 else None
+        for number, (x, y) in enumerate(parts, start=1):
+            with self._summed_over_processes(number == len(parts)):
+                part = self.loss_of(x, y)
+                part = part / len(parts) if len(parts) > 1 else part
+                self.manual_backward(part)
+            loss = part.detach() if loss is None else loss + part.detach()
+        scale = self.lr_scale(step)
+        for group, base in zip(optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = base * scale
+        optimizer.step()  # calls on_before_optimizer_step once the gradients are unscaled
+        assert loss is not None
+        return {"loss": loss}
 
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.clip_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
+            self.grad_norm = _whole(nn.utils.clip_grad_norm_(self.trained, self.clip_norm))
 
     def gradient_norm(self) -> Tensor:
         """Norm of the last step's gradients, before clipping; computed here if nothing is clipped."""
         if self.grad_norm is not None:
             return self.grad_norm
-        return nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        return _whole(nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
+
+    @contextmanager
+    def _summed_over_processes(self, last: bool) -> Iterator[None]:
+        """Backward passes in here are summed over the processes only if they are the last of a step."""
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.require_backward_grad_sync = last
+        elif isinstance(self.model, torch.distributed.fsdp.FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        yield
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -2,25 +2,44 @@
 
 Pre-norm blocks, biases everywhere, tanh GELU, LayerNorm with eps 1e-6, one position table for the patch tokens, and a
 final norm of the tokens before pooling, as in big_vision (google-research/big_vision, models/vit.py), where SoViT
-(arXiv 2305.13035) was trained. Not here: loss, optimiser, other resolutions than the one built for.
+(arXiv 2305.13035) was trained. The changes of ViT-22B (arXiv 2302.05442, section 2) are options of ``build_vit``.
+Not here: loss, optimiser, other resolutions than the one built for.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import Attention, AttentionPoolLatent, lecun_normal_
-from timm.models.vision_transformer import VisionTransformer
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionPoolLatent, LayerNorm, RmsNorm, lecun_normal_
+from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
-from sovit.flops import check_pool, check_pos_embed
+from sovit.flops import check_block, check_pool, check_pos_embed
 from sovit.shape import Shape, num_patches
 
 INITS = ("fan_in", "big_vision")
 _STACKED = {"qkv": 3, "kv": 2}  # timm stacks these square matrices in one; Xavier on the stack would be too small
-_TO_RESIDUAL = ("proj", "fc2")  # the layers of a block that write to the residual stream
+_TO_RESIDUAL = ("proj", "fc2")  # the layers of a serial block that write to the residual stream
+
+
+class _RmsNorm(RmsNorm):
+    """timm's, in the wider of two precisions, as CUDA's autocast has it; on a CPU torch has no kernel for two, and warns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wider = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(wider), self.normalized_shape, self.weight.to(wider), self.eps)
+
+
+_BLOCKS: dict[str, Any] = {"serial": Block, "parallel": functools.partial(ParallelScalingBlock, fuse_out_proj=True)}
+_NORMS: dict[str, Any] = {
+    "layernorm": None,  # timm's default
+    "layernorm_nobias": functools.partial(LayerNorm, bias=False),
+    "rmsnorm": _RmsNorm,
+}
 
 
 def build_vit(
@@ -32,6 +51,10 @@ def build_vit(
     pool: str = "map",
     pos_embed: str = "learned",
     pos_embed_std: float | None = None,
+    block: str = "serial",
+    qk_norm: bool = False,
+    qkv_bias: bool = True,
+    norm: str = "layernorm",
     init: str = "fan_in",
     head_bias: float = 0.0,
     drop_path_rate: float = 0.0,
@@ -45,12 +68,20 @@ def build_vit(
     arguments of the initialisation: see ``init_weights``. ``fused_attention`` False writes attention out as matrix
     products, which a FLOP counter can see.
 
+    ViT-22B's: ``block`` ``parallel`` computes x + attention(norm(x)) + mlp(norm(x)), in one product for q, k, v and the
+    first MLP layer and another for both outputs, which then share a bias and stochastic depth. ``qk_norm`` norms queries
+    and keys within each head before their product. ``qkv_bias`` False leaves out those three biases of the blocks; the
+    MLP's stay. ``norm`` is that of every norm: ``layernorm``, ``layernorm_nobias``, or ``rmsnorm``, which does not centre
+    either. The paper does not say whether its attention pooling differs from "Scaling Vision Transformers" (arXiv
+    2106.04560): here it keeps its biases, and has no norms of queries and keys.
+
     Weights depend on torch's generator and the arguments alone. Under ``torch.device("meta")`` nothing is drawn.
     Raises ValueError, before anything is built, if the image is not divisible into patches or an argument is unknown.
     """
     patches = num_patches(image_size, shape.patch_size)
     check_pool(pool)
     check_pos_embed(pos_embed, shape.width)
+    check_block(block, norm)
     _check_init(init, pos_embed, pos_embed_std)
     for name, value, least in (("channels", channels, 1), ("num_classes", num_classes, 0)):
         if value < least:
@@ -73,6 +104,10 @@ def build_vit(
         class_token=pool == "token",
         no_embed_class=True,  # the class token has no position, as in big_vision
         fc_norm=False,
+        block_fn=_BLOCKS[block],
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
+        norm_layer=_NORMS[norm],
         drop_path_rate=drop_path_rate,
         weight_init="skip",
         act_layer="gelu_tanh",
@@ -82,7 +117,7 @@ def build_vit(
         del model.pos_embed
         model.register_buffer("pos_embed", torch.empty(1, patches, shape.width, device="meta"))
     for module in model.modules():
-        if isinstance(module, Attention | AttentionPoolLatent):
+        if isinstance(module, Attention | AttentionPoolLatent | ParallelScalingBlock):
             module.fused_attn = fused_attention  # type: ignore[misc]  # final for TorchScript only
     _assert_built(model, shape, patches)
     if device.type != "meta":
@@ -102,6 +137,7 @@ def init_weights(
 ) -> None:
     """Draw every weight of a model built by ``build_vit``, in place; what was there before does not matter.
 
+    A product that fuses several matrices is drawn matrix by matrix, each as if it stood alone.
     ``fan_in``: matrices normal with std 1 / sqrt(fan in), those that write to the residual stream (attention output
     and second MLP layer of the blocks) divided by sqrt(2 depth) too; the probe of the MAP head normal with std 1, so
     that its attention is not uniform; positions normal with std 0.5; biases zero.
@@ -116,14 +152,18 @@ def init_weights(
     big_vision = init == "big_vision"
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | RmsNorm):
             nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+            if isinstance(module, nn.LayerNorm) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, ParallelScalingBlock):
+            _init_fused(module, depth=len(model.blocks), big_vision=big_vision)
+        elif leaf in ("in_proj", "out_proj"):
+            pass  # drawn with their block
         elif name == "head" and isinstance(module, nn.Linear):
             nn.init.zeros_(module.weight)
             nn.init.constant_(module.bias, head_bias)
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            assert module.bias is not None
             if not big_vision:
                 _fan_in_normal(module.weight)
             elif isinstance(module, nn.Conv2d):
@@ -133,10 +173,8 @@ def init_weights(
                     nn.init.xavier_uniform_(matrix)
             if not big_vision and name.startswith("blocks.") and leaf in _TO_RESIDUAL:
                 module.weight.div_(math.sqrt(2 * len(model.blocks)))
-            if big_vision and leaf in ("fc1", "fc2"):
-                nn.init.normal_(module.bias, std=1e-6)
-            else:
-                nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                _init_bias(module.bias, mlp=leaf in ("fc1", "fc2"), big_vision=big_vision)
     if model.attn_pool is not None:
         probe = model.attn_pool.latent
         if big_vision:
@@ -165,6 +203,33 @@ def sincos2d(height: int, width: int, *, dim: int) -> Tensor:
     return table[None].to(torch.get_default_dtype())
 
 
+def _init_fused(block: ParallelScalingBlock, *, depth: int, big_vision: bool) -> None:
+    """A parallel block's matrices: [first MLP layer; q; k; v] stacked, and [attention output, second MLP layer] abreast."""
+    into, out, mlp_dim = block.in_proj, block.out_proj, block.in_split[0]
+    assert isinstance(out, nn.Linear)
+    width = out.out_features
+    draw = nn.init.xavier_uniform_ if big_vision else _fan_in_normal
+    for matrix in into.weight.split(block.in_split):
+        draw(matrix)
+    for matrix in out.weight.split([width, mlp_dim], dim=1):
+        draw(matrix)
+    if not big_vision:
+        out.weight.div_(math.sqrt(2 * depth))  # a branch each, as in serial blocks
+    if block.mlp_bias is not None:
+        _init_bias(block.mlp_bias, mlp=True, big_vision=big_vision)
+    else:
+        for i, bias in enumerate(into.bias.split(block.in_split)):
+            _init_bias(bias, mlp=i == 0, big_vision=big_vision)
+    _init_bias(out.bias, mlp=True, big_vision=big_vision)
+
+
+def _init_bias(bias: Tensor, *, mlp: bool, big_vision: bool) -> None:
+    if mlp and big_vision:
+        nn.init.normal_(bias, std=1e-6)
+    else:
+        nn.init.zeros_(bias)
+
+
 def _fan_in_normal(weight: Tensor) -> None:
     nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
 
@@ -184,9 +249,15 @@ def _assert_built(model: VisionTransformer, shape: Shape, patches: int) -> None:
     blocks: list[Any] = list(model.blocks)
     assert len(blocks) == shape.depth
     assert model.pos_embed is not None and model.pos_embed.shape == (1, patches, shape.width)
-    for block in [*blocks, *heads]:
+    serial: list[Any] = [block for block in blocks if isinstance(block, Block)]
+    for block in [*serial, *heads]:
         assert block.mlp.fc1.weight.shape == (shape.mlp_dim, shape.width)
         assert block.mlp.fc2.weight.shape == (shape.width, shape.mlp_dim)
-    for attention in [*(block.attn for block in blocks), *heads]:
+    for attention in [*(block.attn for block in serial), *heads]:
         assert (attention.num_heads, attention.head_dim) == (shape.num_heads, shape.head_dim)
         assert attention.proj.weight.shape == (shape.width, shape.width)
+    for block in blocks:
+        if isinstance(block, ParallelScalingBlock):
+            assert (block.num_heads, block.head_dim) == (shape.num_heads, shape.head_dim)
+            assert block.in_proj.weight.shape == (shape.mlp_dim + 3 * shape.width, shape.width)
+            assert block.out_proj.weight.shape == (shape.width, shape.mlp_dim + shape.width)

@@ -40,8 +40,10 @@ def judge(state: CellState, exitcode: int, stopping: bool) -> tuple[str, str]:
     if verdict == DIED and on_disk == DONE:
         return DONE, ""  # killed after its last word
     if verdict == DIED:
-        how = f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with exit code {exitcode}"
-        return DIED, how + (" (out of memory?)" if exitcode == -signal.SIGKILL else "")
+        number = -exitcode if exitcode < 0 else exitcode - 128  # as `processes.start` says it of one of several
+        killed = number in set(signal.Signals)
+        how = f"killed by {signal.Signals(number).name}" if killed else f"ended with exit code {exitcode}"
+        return DIED, how + (" (out of memory?)" if number == signal.SIGKILL else "")
     if verdict in (FAILED, DIVERGED):
         return verdict, reason if on_disk == verdict and reason else _last_line(state.cell.run_dir / records.LOG)
     if verdict == STOPPED and not stopping:

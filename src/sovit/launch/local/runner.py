@@ -21,12 +21,15 @@ from pathlib import Path
 
 from sovit import claims, records
 from sovit.claims import LEASE_S
+from sovit.launch.devices import visible_gpus
 from sovit.launch.local.display import Display, open_display
 from sovit.launch.local.kept import keep, refuse_other
 from sovit.launch.local.others import Others, take_verdict
 from sovit.launch.local.outcome import conclude, judge
 from sovit.launch.local.retry import MAX_RETRIES, check_factor, retry_cell
-from sovit.launch.plan import Plan, visible_gpus
+from sovit.launch.local.slots import Slots
+from sovit.launch.plan import Plan
+from sovit.launch.processes import OUT_OF_MEMORY, RESTARTS
 from sovit.launch.signals import collected
 from sovit.launch.state import (
     BUSY,
@@ -50,7 +53,10 @@ TARGET = "sovit.lit.engine:run_cell"
 UNDECIDED = (STOPPED, DIED, BUSY)
 ATTEMPTS = 2
 POLL_S = 0.5
-GRACE_S = 30.0  # for a cell to write its checkpoint after a signal
+GRACE_S = (
+    30.0  # for a cell to end its step and write its checkpoint after a signal, and what a large one takes beyond that
+)
+STATE_BYTES, DISK_BYTES_PER_S = 16, 2e8  # weights, their average and two moments in float32; a slow disk
 
 
 def run_sweep(
@@ -137,7 +143,7 @@ def refuse_changed(plan: Plan) -> None:
 
 
 class _Workers:
-    """The processes of a sweep: a slot for each worker, holding the GPU it may use (None on a CPU)."""
+    """The processes of a sweep, each with the GPUs that it may use."""
 
     def __init__(
         self,
@@ -152,9 +158,9 @@ class _Workers:
         self.queue: list[CellState] = []
         self.others = Others(lease)
         self.retry: Callable[[CellState], CellState | None] = lambda state: None
-        gpus = visible_gpus() if plan.cells[0].accelerator == "gpu" else []
-        self.slots = [gpus[i % len(gpus)] if gpus else None for i in range(plan.workers)]
-        self.running: dict[int, tuple[BaseProcess, CellState, str | None]] = {}  # by the process's sentinel
+        self.slots = Slots(plan, visible_gpus() if plan.cells[0].accelerator == "gpu" else [])
+        self.running: dict[int, tuple[BaseProcess, CellState, tuple[str, ...]]] = {}  # by the process's sentinel
+        self.grace_s = GRACE_S + max(cell.num_params for cell in plan.cells) * STATE_BYTES / DISK_BYTES_PER_S
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(self.preload)
         for state in sorted(states, key=lambda state: state.cell.seconds, reverse=True):
@@ -185,7 +191,7 @@ class _Workers:
             self._stop(received)
 
     def _turn(self, received: list[int]) -> None:
-        while self.queue and self.slots and not received:
+        while self.queue and self.slots.fit(self.queue[0].cell.devices) and not received:
             self._begin(self.queue.pop(0))
         self._reap(stopping=False)
         for state in self.others.look():
@@ -246,27 +252,33 @@ class _Workers:
         process.close()
 
     def _start(self, state: CellState) -> None:
-        log, gpu = state.cell.run_dir / records.LOG, self.slots.pop()
+        log, gpus = state.cell.run_dir / records.LOG, self.slots.take(state.cell.devices)
         process = self.context.Process(
-            target=_child, args=(self.target, state.cell.overrides, str(log), gpu), name=state.cell.run_id
+            target=_child, args=(self.target, state.cell.overrides, str(log), gpus), name=state.cell.run_id
         )
         process.start()
         state.start(time.monotonic())
-        self.running[process.sentinel] = (process, state, gpu)
+        self.running[process.sentinel] = (process, state, gpus)
         self.display.started(state)
 
     def _reap(self, stopping: bool) -> None:
         """Wait a moment for processes that end, take their verdicts and show what the others do."""
         for sentinel in wait(list(self.running), timeout=POLL_S):
             assert isinstance(sentinel, int)
-            process, state, gpu = self.running.pop(sentinel)
+            process, state, gpus = self.running.pop(sentinel)
             process.join()
             assert process.exitcode is not None
             state.ended = time.monotonic()
-            self.slots.append(gpu)
+            self.slots.give(gpus)
             state.state, state.reason = judge(state, process.exitcode, stopping)
             state.read_progress()
+            no_memory = process.exitcode == OUT_OF_MEMORY and state.state == DIED and state.restarts < RESTARTS
             process.close()
+            if no_memory and not stopping:  # it has noted a smaller micro-batch: no attempt either
+                state.attempts, state.restarts = state.attempts - 1, state.restarts + 1
+                self.display.say(f"{state.cell.run_id} ran out of device memory; again with a smaller micro-batch")
+                self._wait_for_turn(state, first=True)
+                continue
             if state.state == BUSY and not stopping:  # another runner was quicker: not an attempt
                 state.attempts -= 1
                 self._take(state)
@@ -274,18 +286,22 @@ class _Workers:
             again = state.state in UNDECIDED and state.attempts < ATTEMPTS and not stopping
             self.display.ended(state, again)
             if again:
-                state.state, state.reason = WAITING, ""
-                self.queue.append(state)
+                self._wait_for_turn(state)
             elif not stopping:
                 self._follow(state)
         for _, state, _ in self.running.values():
             state.read_progress()
         self.display.refresh()
 
+    def _wait_for_turn(self, state: CellState, *, first: bool = False) -> None:
+        """Put a cell back whose process ended; what that wrote is no verdict, such as the failure of a rank left alone."""
+        state.state, state.reason, state.before = WAITING, "", read_record(state.cell.run_dir)
+        self.queue.insert(0 if first else len(self.queue), state)
+
     def _stop(self, received: list[int]) -> None:
         for process, _, _ in self.running.values():
             process.terminate()
-        deadline = time.monotonic() + GRACE_S
+        deadline = time.monotonic() + self.grace_s
         while self.running and time.monotonic() < deadline and len(received) < 2:
             self._reap(stopping=True)
         for process, _, _ in self.running.values():
@@ -294,7 +310,7 @@ class _Workers:
             self._reap(stopping=True)
 
 
-def _child(target: str, overrides: list[str], log: str, gpu: str | None) -> None:
+def _child(target: str, overrides: list[str], log: str, gpus: tuple[str, ...]) -> None:
     """A cell's process: tie its life to the runner's, send its output to the log, run it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -307,8 +323,10 @@ def _child(target: str, overrides: list[str], log: str, gpu: str | None) -> None
     os.dup2(file, 2)
     os.close(file)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed cell keeps what it said
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which nothing imported so far has done
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
+            gpus
+        )  # read when CUDA starts, which nothing imported so far has done
     module, _, function = target.partition(":")
     sys.exit(getattr(importlib.import_module(module), function)(overrides))
 

@@ -27,22 +27,28 @@ class Bill:
 
 def bill(plan: Plan) -> Bill:
     """What the cells of a plan take, all of them."""
-    devices, _ = _devices(plan)
     hours = plan.wall_seconds / 3600
     device = "GPU" if plan.cells and plan.cells[0].accelerator == "gpu" else "machine"
-    return Bill(hours, sum(cell_hours(plan, cell) for cell in plan.cells), devices * hours, device)
+    return Bill(hours, sum(cell_hours(plan, cell) for cell in plan.cells), _devices(plan) * hours, device)
 
 
 def cell_hours(plan: Plan, cell: Cell) -> float:
-    """Device hours of one cell: cells that run at the same time on one device share it."""
-    devices, at_once = _devices(plan)
-    return cell.seconds * devices / at_once / 3600
+    """Device hours of one cell, of all its devices: cells that run at the same time on one device share it."""
+    if cell.accelerator == "gpu":
+        return cell.seconds * cell.world / plan.cells_per_gpu / 3600
+    return cell.seconds / _at_once(plan) / 3600
 
 
-def _devices(plan: Plan) -> tuple[int, int]:
-    """(devices in use, cells at once): a GPU for each worker, one machine for all of them."""
-    at_once = max(1, min(plan.workers, len(plan.cells)))
-    return (at_once if plan.cells and plan.cells[0].accelerator == "gpu" else 1), at_once
+def _at_once(plan: Plan) -> int:
+    return max(1, min(plan.workers, len(plan.cells)))
+
+
+def _devices(plan: Plan) -> int:
+    """Devices in use: the GPUs of as many cells as run at once, the largest of them, or one machine for all."""
+    if not plan.cells or plan.cells[0].accelerator != "gpu":
+        return 1
+    sizes = sorted((cell.world for cell in plan.cells), reverse=True)
+    return max(sizes[0], -(-sum(sizes[: _at_once(plan)]) // plan.cells_per_gpu))
 
 
 def left(plan: Plan, *, retry_failed: bool = False) -> Plan:

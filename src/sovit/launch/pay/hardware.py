@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from sovit import __version__
+from sovit.launch.devices import cores
 
 
 def hardware(accelerator: str) -> dict[str, Any]:
     """Processor, cores this process may use, GPUs (of an accelerator "gpu" only), and the versions that matter."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         torch = "none"
     return {
         "cpu": _cpu_name(),
-        "cores": cores,
+        "cores": len(cores()),
         "gpus": _gpu_names() if accelerator == "gpu" else [],
         "torch": torch,
         "sovit": __version__,

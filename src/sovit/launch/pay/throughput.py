@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sovit.launch.devices import cores, visible_gpus
 from sovit.launch.pay.hardware import cache_file, hardware, read_cache, write_cache
 from sovit.launch.pay.timing import TARGET, Timer, TimingError
-from sovit.launch.plan import CPU, EVAL_IMAGES, Cell, Plan, TimeModel, cell_gactivations, timed, visible_gpus
+from sovit.launch.plan import CPU, EVAL_IMAGES, Cell, Plan, TimeModel, cell_gactivations, timed
 from sovit.launch.tables import duration_text
 from sovit.schedule import Segment, segments, steps_trained
 
@@ -73,16 +74,24 @@ def expect(
     if measure == "never":
         return plan
     chosen, at_once = probes(plan.cells), min(plan.workers, len(plan.cells))
+    at_once *= max(cell.devices for cell in plan.cells)
     if plan.cells[0].accelerator == "gpu":
-        gpus = len(visible_gpus())
+        gpus, shared = len(visible_gpus()), plan.cells_per_gpu
         if not gpus:
             return replace(plan, notes=(*plan.notes, "No GPU is visible here, so nothing was measured."))
-        if gpus < at_once:
+        if gpus * shared < at_once:
+            each, need = ("one cell", at_once) if shared == 1 else (f"{shared} cells", -(-at_once // shared))
             note = (
-                f"Times are for one cell a GPU: {plan.workers} at once need as many GPUs, and this machine has {gpus}."
+                f"Times are for {each} a GPU: {plan.workers} at once need {need} GPUs, and this machine has {gpus}; "
+                f"--cells-per-gpu says how many share one."
             )
             plan = replace(plan, notes=(*plan.notes, note))
-        at_once = min(gpus, at_once)
+        at_once = min(gpus * shared, at_once)
+    else:
+        at_once = min(at_once, max(plan.workers, len(cores())))
+    if any(cell.world > 1 for cell in chosen):
+        note = "Of cells with several processes, what one of them has to do was measured, without their exchange."
+        plan = replace(plan, notes=(*plan.notes, note))
     what = {"workers": at_once, "cells": [_what(cell) for cell in chosen]}
     key = hardware(plan.cells[0].accelerator) | json.loads(json.dumps(what))  # as it will be read back
     path = cache_file(key)
@@ -246,7 +255,7 @@ def _timing(cell: Cell, answer: list[dict[str, Any]], first: int, block: int) ->
     return Timing(
         run_id=cell.run_id,
         depth=cell.shape.depth,
-        batch_size=cell.config.trainer.global_batch_size,
+        batch_size=_batch_size(cell),
         forward_gflops=cell.forward_gflops,
         gactivations=cell_gactivations(cell),
         step_s=step_s,
@@ -351,6 +360,7 @@ def _what(cell: Cell) -> dict[str, Any]:
     }.items():
         for name in names:
             del kept[group][name]
+    kept["trainer"]["global_batch_size"] = _batch_size(cell)
     return {"shape": cell.shape.as_dict(), **kept}
 
 
@@ -361,8 +371,13 @@ def _identity(cell: Cell) -> str:
     return json.dumps(_what(cell), sort_keys=True)
 
 
+def _batch_size(cell: Cell) -> int:
+    """Images an update of one process of the cell."""
+    return cell.config.trainer.global_batch_size // cell.world
+
+
 def _step_gflops(cell: Cell) -> float:
-    return 3 * cell.forward_gflops * cell.config.trainer.global_batch_size
+    return 3 * cell.forward_gflops * _batch_size(cell)
 
 
 def _guess(cell: Cell) -> float:
@@ -373,12 +388,17 @@ def _guess(cell: Cell) -> float:
 
 
 def _overrides(cell: Cell, first: int, runs_dir: Path) -> list[str]:
-    """The cell, evaluated after ``first`` and 2 x ``first`` steps, in a place of its own and without a network."""
+    """The cell, evaluated after ``first`` and 2 x ``first`` steps, in a place of its own and without a network.
+
+    Of a cell with several processes the share of one.
+    """
+    share = ["parallel=single", f"trainer.global_batch_size={_batch_size(cell)}"] if cell.world > 1 else []
+    own = [text for text in cell.overrides if not (share and text.startswith(("parallel=", "parallel.")))]
     durations = f"durations.values=[{first} steps,{2 * first} steps]"
     unset = [f"durations.{name}=null" for name in ("first", "last", "num")]
     cooldown = [f"schedule.cooldown={COOLDOWN}"] if cell.config.eval.weights == "cooled" else []
     return [
-        *cell.overrides, durations, *unset, *cooldown,
+        *own, durations, *unset, *cooldown, *share,
         "trainer.max_steps=null", "logger.mode=offline", f"runs_dir={runs_dir}",
     ]  # fmt: skip
 

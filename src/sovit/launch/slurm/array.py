@@ -48,25 +48,52 @@ def check(plan: Plan, launcher: Launcher) -> None:
             f"{missing[0]} was not found: --launcher slurm submits from a login node of a Slurm cluster; "
             "use --launcher local to run on this machine."
         )
-    for key, value in (("nodes", launcher.nodes), ("gpus_per_cell", launcher.gpus_per_cell or 1)):
-        if value > 1:
-            raise SweepError(
-                f"launcher.{key}={value}, but a cell trains on one GPU of one node; write launcher.{key}=1."
-            )
-    if launcher.gpus_per_cell == 0 and not launcher.asks_for_gpus and any(_wants_gpu(cell) for cell in plan.cells):
-        raise SweepError("launcher.gpus_per_cell=0, but the cells have trainer.accelerator=gpu; write null or 1.")
+    for cell in plan.cells:
+        _check_devices(cell, launcher)
+
+
+def _check_devices(cell: Cell, launcher: Launcher) -> None:
+    parallel, gpus = cell.config.parallel, launcher.gpus_per_cell
+    if launcher.nodes not in (None, cell.nodes):
+        raise SweepError(
+            f"launcher.nodes={launcher.nodes}, but a cell trains on {cell.nodes}; write null, and parallel=fsdp "
+            f"parallel.nodes={launcher.nodes} if that is meant."
+        )
+    if gpus == 0 and not launcher.asks_for_gpus and _wants_gpu(cell):
+        raise SweepError("launcher.gpus_per_cell=0, but the cells have trainer.accelerator=gpu; write null.")
+    if parallel.kind != "single" and parallel.devices is None and not (gpus and _wants_gpu(cell)):
+        raise SweepError(
+            f"parallel={parallel.kind}, but how many processes a cell is to have on a node cannot be seen from here; give "
+            "parallel.devices=N."
+        )
+    if gpus and _wants_gpu(cell) and gpus != _devices(cell, launcher):
+        raise SweepError(
+            f"launcher.gpus_per_cell={gpus}, but a cell trains on {_devices(cell, launcher)} of a node; write null, and "
+            f"parallel=fsdp parallel.devices={gpus} if that is meant."
+        )
 
 
 def _wants_gpu(cell: Cell) -> bool:
     return cell.config.trainer.accelerator == "gpu"
 
 
+def _devices(cell: Cell, launcher: Launcher) -> int:
+    """Processes on a node: those of the plan, unless that left them to the node's GPUs, which this machine need not have."""
+    parallel = cell.config.parallel
+    return launcher.gpus_per_cell or 1 if parallel.kind != "single" and parallel.devices is None else cell.devices
+
+
 def parameters(launcher: Launcher, cells: Sequence[Cell], name: str, at_once: int) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is told; None means not told."""
+    """What submitit's SlurmExecutor is told of cells with as many nodes and processes each; None means not told.
+
+    A cell is one task for Slurm, on its first node. The task itself starts the processes, on the other nodes by srun.
+    """
+    nodes, devices = cells[0].nodes, _devices(cells[0], launcher)
     gpus = launcher.gpus_per_cell
     if gpus is None and not launcher.asks_for_gpus:
-        gpus = int(any(_wants_gpu(cell) for cell in cells))
-    cpus = launcher.cpus_per_cell or max(cell.num_threads + cell.config.data.num_workers for cell in cells)
+        gpus = devices if any(_wants_gpu(cell) for cell in cells) else 0
+    each = max(cell.num_threads + cell.config.data.num_workers for cell in cells)
+    cpus = launcher.cpus_per_cell or devices * each
     told: dict[str, Any] = {
         "job_name": name,
         "partition": launcher.partition,
@@ -75,7 +102,7 @@ def parameters(launcher: Launcher, cells: Sequence[Cell], name: str, at_once: in
         "constraint": launcher.constraint,
         "time": launcher.minutes,
         "array_parallelism": at_once,
-        "nodes": launcher.nodes,
+        "nodes": nodes,
         "ntasks_per_node": 1,
         "gpus_per_node": gpus or None,
         "cpus_per_task": cpus,
@@ -84,18 +111,28 @@ def parameters(launcher: Launcher, cells: Sequence[Cell], name: str, at_once: in
         "setup": launcher.setup or None,
         # A job must outlive its node whatever the cluster's default (JobRequeue) is.
         "additional_parameters": {"requeue": True, **launcher.options},
-        "srun_args": [f"--cpus-per-task={cpus}"],  # since Slurm 22.05 srun does not take it from sbatch
+        "srun_args": [
+            f"--cpus-per-task={cpus}",  # since Slurm 22.05 srun does not take it from sbatch
+            *(["--nodes=1", "--ntasks=1", "--relative=0"] if nodes > 1 else []),
+        ],
     }
     return {key: value for key, value in told.items() if value is not None} | {"wckey": None}  # submitit would set one
 
 
 def submit(
     plan: Plan, launcher: Launcher, chosen: Sequence[Cell], folder: Path, command: Sequence[str] = COMMAND
-) -> str:
-    """Submit an array of these cells in their order, remember it in ``folder``; returns its job id. Raises SweepError.
+) -> list[str]:
+    """Submit arrays of these cells in their order, remember them in ``folder``; returns their job ids. Raises SweepError.
 
-    To be called inside `submitting`.
+    One array for each number of nodes and processes a cell; one for all, most often. To be called inside `submitting`.
     """
+    alike: dict[tuple[int, int], list[Cell]] = {}
+    for cell in chosen:
+        alike.setdefault((cell.nodes, _devices(cell, launcher)), []).append(cell)
+    return [_submit_noted(plan, launcher, cells, folder, command) for cells in alike.values()]
+
+
+def _submit_noted(plan: Plan, launcher: Launcher, chosen: Sequence[Cell], folder: Path, command: Sequence[str]) -> str:
     name = f"{plan.name}-{secrets.token_hex(3)}"
     jobs = read_jobs(folder)
     jobs[name] = {"id": None, "cells": [cell.run_id for cell in chosen]}
@@ -114,7 +151,7 @@ def _submit(
 
     tasks = [
         Task(
-            overrides=cell.overrides,
+            overrides=_overrides(cell, launcher),
             run_id=cell.run_id,
             run_dir=str(cell.run_dir.absolute()),
             config_hash=cell.config_hash,
@@ -123,6 +160,7 @@ def _submit(
             signal_delay_s=launcher.signal_delay_s,
             max_requeues=launcher.max_requeues,
             command=tuple(command),
+            nodes=cell.nodes,
         )
         for cell in chosen
     ]
@@ -137,6 +175,12 @@ def _submit(
         why = lines[0].partition("error:")[2].strip() if lines else " ".join(str(error).split())
         raise SweepError(f"Slurm refuses the array: {why}; mend conf/launcher or launcher.KEY=VALUE.") from None
     return str(jobs[0].job_id).partition("_")[0]
+
+
+def _overrides(cell: Cell, launcher: Launcher) -> list[str]:
+    """With the number of processes that the plan has left to the node."""
+    left = cell.config.parallel.kind != "single" and cell.config.parallel.devices is None
+    return [*cell.overrides, *([f"parallel.devices={_devices(cell, launcher)}"] if left else [])]
 
 
 @contextmanager

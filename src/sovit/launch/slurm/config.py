@@ -48,7 +48,7 @@ class Launcher:
     hours: float
     cells_at_once: int | None
     gpus_per_cell: int | None
-    nodes: int
+    nodes: int | None
     cpus_per_cell: int | None
     memory_gb: float | None
     signal_delay_s: int

@@ -68,9 +68,10 @@ def run_on_slurm(
             raise SweepError(f"squeue does not say what is queued already ({error}); try again.") from None
         chosen = _chosen(states, queue, retry_failed)
         if chosen:
-            job = array.submit(plan, launcher, chosen, folder, command)
+            new = array.submit(plan, launcher, chosen, folder, command)
+            what = f"array {new[0]}" if len(new) == 1 else f"arrays {', '.join(new)}"
             print(
-                f"{plan.name}: array {job} of {_cells(len(chosen))}, {min(plan.workers, len(chosen))} at once, up to "
+                f"{plan.name}: {what} of {_cells(len(chosen))}, {min(plan.workers, len(chosen))} at once, up to "
                 f"{launcher.hours:g} h a start; output in {home}/CELL/log.txt"
             )
     jobs = array.read_jobs(folder)

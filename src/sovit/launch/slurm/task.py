@@ -1,6 +1,7 @@
 """What a task of the array does on its node: run the cell, and see to it that the cell goes on elsewhere if it must stop.
 
-The cell is a process of its own, ``python -m sovit.train``; this one watches it and talks to Slurm. Who requeues: Slurm,
+The cell is a process of its own, ``python -m sovit.train``, on several nodes one on each, started by srun; it starts the
+other processes of its node itself. This one, on the first node, watches it and talks to Slurm. Who requeues: Slurm,
 when a node fails or when it has evicted the job already; this process, when Slurm has warned of the time limit or of a
 preemption and still counts the job as running once the checkpoint is written; nobody after scancel.
 
@@ -13,24 +14,28 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from sovit import claims, records
+from sovit.launch.processes import FIRST_EXIT, OUT_OF_MEMORY, RESTARTS, STOPPED
 from sovit.launch.state import DONE, state_on_disk
 
 COMMAND = (sys.executable, "-m", "sovit.train")
 # Slurm warns with the signal that submitit names to it (USR2, or USR1 by its environment), evicts and cancels with TERM.
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-VERDICTS = (0, 1, 2, 3)  # exit codes of a cell that end it; 75: stopped, 76: another process runs it
-STOPPED, HELD = 75, 76
+VERDICTS = (0, 1, 2, 3)  # exit codes of a cell that end it; 76: another process runs it
+HELD = 76
 ATTEMPTS = 2  # of a cell that dies without a word, as in the local runner
 HELD_PATIENCE_S = 300.0  # a node that Slurm has given up may still be at work, and may still be found dead
 POLL_S = 0.2
+OTHERS_S = 120  # for the processes of the other nodes to end after those of one have
 EARLY_S = (
     120.0  # Slurm warns of the time limit up to a minute before it was asked to; the other minute is for the prolog
 )
@@ -49,6 +54,7 @@ class Task:
     signal_delay_s: int
     max_requeues: int
     command: tuple[str, ...] = COMMAND
+    nodes: int = 1
 
 
 def run_task(task: Task) -> None:
@@ -88,7 +94,7 @@ def _run(task: Task, received: list[int], began: float) -> int:
         _say(changed)
         return 2
     deadline = time.monotonic() + HELD_PATIENCE_S
-    deaths = 0
+    deaths = restarts = 0
     while not received:
         code = _cell(task, received)
         if received or code in VERDICTS or code == STOPPED:
@@ -97,6 +103,9 @@ def _run(task: Task, received: list[int], began: float) -> int:
             if time.monotonic() > deadline:
                 break
             _wait_while_held(task, received, deadline)
+        elif code == OUT_OF_MEMORY and restarts < RESTARTS:
+            restarts += 1
+            _say(f"{task.run_id} ran out of device memory; started again with a smaller micro-batch.")
         else:
             deaths += 1
             _say(f"{task.run_id} ended with exit code {code} and no verdict.")
@@ -130,7 +139,14 @@ def _changed(task: Task) -> str | None:
 
 def _cell(task: Task, received: list[int]) -> int | None:
     """Run the cell's process; its exit code, or None if it is still there shortly before Slurm kills it after a warning."""
-    process = subprocess.Popen([*task.command, *task.overrides], stdin=subprocess.DEVNULL, preexec_fn=_deaf)
+    first_exit = Path(task.notes) / f"{task.run_id}.exit"
+    first_exit.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [*_on_every_node(task), *task.command, *task.overrides],
+        stdin=subprocess.DEVNULL,
+        preexec_fn=_deaf,
+        env={**_environment(), FIRST_EXIT: str(first_exit)} if task.nodes > 1 else None,
+    )
     told: float | None = None
     while (code := process.poll()) is None:
         if received and told is None:
@@ -140,7 +156,36 @@ def _cell(task: Task, received: list[int]) -> int | None:
             _say(f"{task.run_id} has not ended {0.8 * task.signal_delay_s:g} s after the signal.")
             return None
         time.sleep(POLL_S)
+    if code and task.nodes > 1:  # srun returns the largest exit code, which may be that of a process it has killed
+        with suppress(OSError, ValueError):
+            return int(first_exit.read_text())
     return code
+
+
+def _on_every_node(task: Task) -> list[str]:
+    """The words before the command of a cell that has one process on each of several nodes, to start the others there."""
+    if task.nodes == 1:
+        return []
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+    return [
+        *(
+            "srun",
+            "--overlap",
+            f"--nodes={task.nodes}",
+            f"--ntasks={task.nodes}",
+            "--ntasks-per-node=1",
+            "--unbuffered",
+        ),
+        f"--wait={OTHERS_S}",
+        *([f"--cpus-per-task={cpus}"] if cpus else []),
+    ]
+
+
+def _environment() -> dict[str, str]:
+    """Without what Slurm has said of the step of this task, which would hold for the step of the cell too."""
+    own = ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SLURM_STEP", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_DISTRIBUTION")
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(own)}
+    return {**kept, "MASTER_ADDR": socket.gethostname()}  # this is the first node
 
 
 def _deaf() -> None:

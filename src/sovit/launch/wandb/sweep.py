@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 from sovit import claims, records
-from sovit.launch.plan import Plan, visible_gpus
+from sovit.launch.devices import visible_gpus
+from sovit.launch.plan import Plan
 from sovit.launch.signals import collected
 from sovit.launch.state import DONE, state_on_disk, summary
 from sovit.launch.sweep import Sweep

@@ -7,15 +7,15 @@ cannot be read is one line. The table of it is in `status_table`, the exponents 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sovit import claims, records
+from sovit.launch.devices import cores
 from sovit.launch.local.kept import KEPT
-from sovit.launch.plan import Cell, makespan, plan
+from sovit.launch.plan import Cell, makespan, plan, world_of
 from sovit.launch.state import DONE, RUNNING, STOPPED, WAITING, last_error, progress, state_on_disk
 from sovit.launch.sweep import load_sweep, metric_of
 
@@ -28,7 +28,7 @@ MEASURED_SHARE = 0.05  # of a cell's steps; before that its pace says nothing ye
 class CellStatus:
     """One cell. ``train_gflops`` is 3 t of the steps made so far, ``planned_gflops`` of all (None: not known yet).
 
-    ``wall_s``: seconds that its processes ran. ``devices``: 1 for a GPU, on a CPU the share of the machine's cores.
+    ``wall_s``: seconds that its processes ran. ``devices``: GPUs, or on a CPU the share of the machine's cores.
     ``left_s``: of a running cell, from its measured pace. ``expected_s``: of the whole cell, by the plan. ``error``: the
     last one evaluated.
     """
@@ -255,12 +255,11 @@ def _cost(record: Mapping[str, Any], cell: Cell | None) -> tuple[float, float, b
         gpu = bool(machine["gpu"]) if "gpu" in machine else trainer.get("accelerator") == "gpu"
         threads = int(trainer.get("num_threads") or 1)
         gflops = 3 * (record.get("forward_gflops") or 0.0) * trainer.get("global_batch_size", 0)
-    cores = machine.get("cores") or _cores()  # an older record does not say how many it had: taken to be like this one
-    return gflops, 1.0 if gpu else min(1.0, threads / cores), gpu
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    processes = world_of(record) if record.get("config") else cell.world if cell is not None else 1
+    num = machine.get("cores") or len(
+        cores()
+    )  # an older record does not say how many it had: taken to be like this one
+    return gflops, float(processes) if gpu else min(1.0, processes * threads / num), gpu
 
 
 def _error(directory: Path, metric: tuple[str, int]) -> float | None:

@@ -1,0 +1,98 @@
+"""What each process computes at once: micro-batch, activation checkpointing, compilation.
+
+Chosen from the configuration and a memory estimate (`sovit.memory`), and noted in the run's directory when a device had
+less memory than was estimated. None of it changes a result but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sovit import records
+from sovit.config import ConfigError, RunConfig
+
+NOTE = "layout.json"  # {"micro_batch": the most images a device of these runs has proved too small for, less one half}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``micro_batch`` images in one forward pass of a process; ``accumulation`` of them make its part of a step."""
+
+    micro_batch: int
+    accumulation: int
+    checkpointing: str
+    compiled: bool
+
+
+def choose(cfg: RunConfig, directory: Path, world: int, local_world: int) -> Layout:
+    """The layout of a run over ``world`` processes, on a device such as this process has. Raises ConfigError."""
+    parallel, batch = cfg.parallel, cfg.trainer.global_batch_size
+    if batch % world:
+        raise ConfigError(
+            f"trainer.global_batch_size={batch} does not divide among {world} processes; start another number of them."
+        )
+    share = batch // world
+    if parallel.micro_batch is not None and share % parallel.micro_batch:
+        raise ConfigError(
+            f"parallel.micro_batch={parallel.micro_batch} does not divide the {share} images of each of {world} processes."
+        )
+    micro, checkpointing = parallel.micro_batch or share, parallel.checkpointing
+    limit = _noted(directory, world)
+    while limit and micro > limit:
+        micro = next_smaller(micro, share)
+    if checkpointing == "auto":
+        checkpointing = "none"
+    compiled = on_gpu(cfg) if parallel.compile is None else parallel.compile
+    return Layout(micro, share // micro, checkpointing, compiled)
+
+
+def on_gpu(cfg: RunConfig) -> bool:
+    return cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def next_smaller(micro: int, share: int) -> int:
+    """The next smaller micro-batch that divides a process's share, about half. Raises ValueError if there is none."""
+    smaller = [size for size in range(1, micro // 2 + 1) if share % size == 0]
+    if not smaller:
+        raise ValueError("one image at a time is too much")
+    return smaller[-1]
+
+
+def shrink(directory: Path, layout: Layout, world: int) -> int:
+    """Note that a micro-batch did not fit, for whoever goes on with the run; returns the next. Raises ValueError."""
+    smaller = next_smaller(layout.micro_batch, layout.micro_batch * layout.accumulation)
+    notes = [note for note in _notes(directory) if not _of_these(note, world)]
+    note = {"device": device(), "world": world, "micro_batch": smaller, "too_large": asdict(layout)}
+    records.write_json(directory / NOTE, {"notes": [*notes, note]}, durable=True)
+    return smaller
+
+
+def device() -> str:
+    """Name of the device that this process trains on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _noted(directory: Path, world: int) -> int | None:
+    found = [note["micro_batch"] for note in _notes(directory) if _of_these(note, world)]
+    return min(found) if found else None
+
+
+def _of_these(note: dict[str, Any], world: int) -> bool:
+    return note["device"] == device() and note["world"] == world
+
+
+def _notes(directory: Path) -> list[dict[str, Any]]:
+    content = records.read_object(directory / NOTE) or {}
+    return list(content.get("notes", []))
+
+
+def memory_bytes(cfg: RunConfig) -> int:
+    """Bytes that are free for this run: on its GPU, or in the machine."""
+    if on_gpu(cfg):
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

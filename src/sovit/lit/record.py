@@ -1,0 +1,73 @@
+"""What run.json says of a run from its beginning: its configuration, the code, the data and the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from sovit import records
+from sovit.config import RunConfig, model_geometry, shape_of
+from sovit.flops import forward_gflops, num_params
+from sovit.launch.pay.hardware import hardware
+from sovit.lit.data import data_fingerprint
+
+
+def new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[str, Any]:
+    shape = shape_of(cfg)
+    noted = (found.get("wall_s"), (records.read_progress(directory) or {}).get("wall_s"))
+    return {
+        "schema": records.SCHEMA,
+        "run_id": directory.name,
+        "sweep": cfg.name,
+        "status": records.RUNNING,
+        "reason": None,
+        **shape.as_dict(),
+        "seed": cfg.seed,
+        "num_params": sum(num_params(shape, **model_geometry(cfg), pos_embed=cfg.model.pos_embed).values()),
+        "forward_gflops": forward_gflops(shape, **model_geometry(cfg)),
+        "config_hash": records.config_hash(cfg),
+        "code_version": records.code_version(),
+        "lock_sha256": records.lock_hash(),
+        "data_fingerprint": data_fingerprint(cfg),
+        "torch_version": torch.__version__,
+        "machine": _machine(cfg),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "wall_s": max([0.0, *(seconds for seconds in noted if isinstance(seconds, int | float))]),
+        "config": dataclasses.asdict(cfg),
+    }
+
+
+# What decides, beside the configuration, in which order or precision a machine adds: kept to explain two runs that differ.
+ENVIRONMENT = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_MAX_CPU_ISA",
+    "KMP_AFFINITY",
+    "MKL_CBWR",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
+
+def _machine(cfg: RunConfig) -> dict[str, Any]:
+    """The processor and the versions that a number can depend on in its last digits."""
+    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return {
+        **hardware("gpu" if gpu else "cpu"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda if gpu else None,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "lightning": pl.__version__,
+    }

@@ -1,0 +1,260 @@
+"""A run spread over processes is the run of one process: same losses, gradients, updates, resume points."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rank_cells import run_ranks
+from sovit import records
+from sovit.lit import checkpoints, sharded
+
+CELL = [
+    *("shape=16x2x32", "name=t", "logger=none", "durations.first=null", "durations.last=null", "durations.num=null"),
+    *("data.num_classes=8", "data.num_heldout=4", "eval.datasets=[fractals]", "eval.shots=[1]", "eval.num_draws=1"),
+    *("trainer.global_batch_size=16", "trainer.log_every_n_steps=1", "trainer.keep_checkpoint=true"),
+    *("trainer.precision=64-true", "optim.clip_norm=0.5"),
+]
+DURATIONS = "durations.values=[3 steps,6 steps]"
+FSDP, DDP = ["parallel=fsdp"], ["parallel=ddp"]
+
+
+class Cells:
+    """Runs cells below a folder, each in a folder of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def run(self, name: str, *more: str, world: int = 1, **options: Any) -> list[int]:
+        overrides = [*CELL, DURATIONS, f"runs_dir={self.home / name}", *more]
+        return run_ranks(overrides, world, self.home / f"{name}.log", **options)
+
+    def done(self, name: str, *more: str, world: int = 1) -> Path:
+        """The directory of a cell that has been run to its end."""
+        codes = self.run(name, *more, world=world)
+        assert codes == [0] * world, self.log(name)
+        return self.directory(name)
+
+    def directory(self, name: str) -> Path:
+        [path] = (self.home / name / "t").iterdir()
+        return path
+
+    def log(self, name: str) -> str:
+        return (self.home / f"{name}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
+    return Cells(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def alone(cells: Cells) -> Path:
+    """The run of one process that all others are held against."""
+    return cells.done("alone")
+
+
+def state(directory: Path) -> dict[str, torch.Tensor]:
+    """Weights, averaged weights and the optimiser's moments at the last resume point, whole."""
+    path = directory / checkpoints.resume_points(directory)[-1].name
+    content = checkpoints.whole(path) if path.is_dir() else checkpoints.read(path)
+    found = dict(content["state_dict"])
+    found |= {f"average.{name}": tensor for name, tensor in content["callbacks"].get("Ema", {}).items()}
+    for number, values in content["optimizer_states"][0]["state"].items():
+        found |= {f"optimizer.{number}.{key}": v for key, v in values.items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def losses(directory: Path) -> dict[str, list[float]]:
+    rows = records.read_lines(directory / records.METRICS)
+    return {key: [row[key] for row in rows] for key in ("step", "train/loss", "train/grad_norm")}
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    for key, values in losses(wanted).items():
+        assert losses(found)[key] == pytest.approx(values, rel=1e-12), key
+    mine, theirs = state(found), state(wanted)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert mine[name].shape == tensor.shape
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
+    keys = ("step", "duration", "dataset", "shots", "draw", "error")
+    rows = [[{key: row[key] for key in keys} for row in records.read_lines(d / records.EVALS)] for d in (found, wanted)]
+    assert rows[0] == rows[1]
+
+
+SPREADS = {
+    "micro-batches": (1, ["parallel.micro_batch=4"]),
+    "ddp of 2": (2, DDP),
+    "ddp of 4 with micro-batches": (4, [*DDP, "parallel.micro_batch=2"]),
+    "fsdp of 2": (2, FSDP),
+    "fsdp of 4": (4, FSDP),
+    "hybrid: 2 copies of 2 shards, micro-batches": (4, [*FSDP, "parallel.shard=2", "parallel.micro_batch=1"]),
+    "fsdp of 2, blocks computed again": (2, [*FSDP, "parallel.checkpointing=full"]),
+    "fsdp of 2, norms computed again": (2, [*FSDP, "parallel.checkpointing=selective"]),
+}
+
+
+@pytest.mark.parametrize("label", SPREADS)
+def test_loss_gradient_norm_update_and_weights_are_those_of_one_process(label: str, cells: Cells, alone: Path) -> None:
+    """In float64, to 1e-12. Clipping is active: a norm over one process's part would clip otherwise."""
+    assert max(losses(alone)["train/grad_norm"]) > 0.5
+    world, more = SPREADS[label]
+    assert_same_run(cells.done(label.split(",")[0].replace(" ", "-").replace(":", ""), *more, world=world), alone)
+
+
+def test_resume_points_of_a_sharded_run_hold_shards(cells: Cells, alone: Path) -> None:
+    """Else one process would have to hold a model that is sharded because no process can."""
+    directory = cells.done("sharded", *FSDP, world=2)
+    point = directory / checkpoints.resume_points(directory)[-1].name
+    sizes = [(point / f"rank{rank:05d}.safetensors").stat().st_size for rank in range(2)]
+    assert min(sizes) > 0.4 * sum(sizes)
+
+
+LEGS = {  # where a run begins, and where it goes on
+    "fsdp of 2, then alone": ((2, FSDP), (1, [])),
+    "fsdp of 2, then fsdp of 4": ((2, FSDP), (4, FSDP)),
+    "fsdp of 4 as hybrid, then ddp of 2": ((4, [*FSDP, "parallel.shard=2"]), (2, DDP)),
+    "alone, then fsdp of 2": ((1, []), (2, FSDP)),
+    "ddp of 2, then fsdp of 4 with micro-batches": ((2, DDP), (4, [*FSDP, "parallel.micro_batch=2"])),
+}
+
+
+@pytest.mark.parametrize("label", LEGS)
+def test_a_run_goes_on_exactly_under_another_number_of_processes(label: str, cells: Cells, alone: Path) -> None:
+    """Stopped in the middle, by a signal to one process only: all of them stop after the same step."""
+    name = label.replace(" ", "-").replace(",", "")
+    (before, first), (after, second) = LEGS[label]
+    assert cells.run(name, *first, world=before, stop_after=4) == [75] * before, cells.log(name)
+    [point] = [p for p in checkpoints.resume_points(cells.directory(name)) if p.step not in (3, 6)]
+    assert point.step == (4 if before == 1 else 5)  # what another process wishes is known a step later
+    assert (cells.directory(name) / point.name).is_dir() == (first[:1] == FSDP)
+    assert_same_run(cells.done(name, *second, world=after), alone)
+    assert f"Going on from step {point.step}" in cells.log(name)
+
+
+def test_a_branch_leaves_the_trunk_that_shards_hold(cells: Cells) -> None:
+    """Cooldown branches begin from the end of a trunk segment, not from the newest point."""
+    cooled = ["eval.weights=cooled", "schedule.cooldown=0.5"]
+    wanted = cells.done("cooled-alone", *cooled)
+    assert_same_run(cells.done("cooled-sharded", *cooled, *FSDP, world=2), wanted)
+
+
+def test_adafactor_of_shards_is_adafactor(cells: Cells) -> None:
+    """Its factored moments are means over rows and columns of whole matrices. Biases of keys are left out: they have no
+    gradient but rounding, which Adafactor makes full steps of."""
+    adafactor = ["optim=adafactor", "schedule.warmup_steps=2"]
+    wide = ["model.num_heads=4", "shape=32x1x64"]  # matrices large enough to be factored
+    wanted = cells.done("adafactor-alone", *adafactor, *wide)
+    found = cells.done("adafactor-sharded", *adafactor, *wide, *FSDP, world=2)
+    for key, values in losses(wanted).items():
+        assert losses(found)[key] == pytest.approx(values, rel=1e-11), key
+    mine, theirs = state(found), state(wanted)
+    for name, tensor in theirs.items():
+        if name.startswith("model.") and not name.endswith("qkv.bias"):
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_shards_in_bfloat16_keep_float32_masters_and_stay_close(cells: Cells) -> None:
+    """Weights are gathered in bfloat16 and gradients summed in float32; what is kept and updated is float32."""
+    mixed = ["trainer.precision=bf16-mixed"]
+    wanted = cells.done("mixed-alone", *mixed)
+    found = cells.done("mixed-sharded", *mixed, *FSDP, world=2)
+    mine, theirs = state(found), state(wanted)
+    assert {tensor.dtype for tensor in mine.values()} == {torch.float32}
+    assert losses(found)["train/loss"] == pytest.approx(losses(wanted)["train/loss"], rel=5e-3)
+    far = max(float((mine[n] - t).abs().max()) for n, t in theirs.items() if n.startswith("model."))
+    assert 0 < far < 0.06  # six updates of at most 0.01 each in either direction are the most there could be
+
+
+def test_too_little_memory_halves_the_micro_batch_and_the_run_is_the_same(cells: Cells, alone: Path) -> None:
+    codes = cells.run("memory", fail={"above": 3})
+    assert codes == [0]
+    assert_same_run(cells.directory("memory"), alone)
+    record = records.read_run(cells.directory("memory"))
+    assert record is not None and record["layout"]["micro_batch"] == 2 and record["layout"]["accumulation"] == 8
+    log = cells.log("memory")
+    for line in ("of 16; going on with 8", "of 8; going on with 4", "of 4; going on with 2"):
+        assert f"out of device memory with a micro-batch {line}" in log
+
+
+def test_processes_that_run_out_of_memory_are_to_be_started_again(cells: Cells, alone: Path) -> None:
+    codes = cells.run("memory2", *FSDP, world=2, fail={"above": 4})
+    assert 77 in codes and not {0, 75} & set(codes)  # the other process may find the connection closed
+    assert cells.run("memory2", *FSDP, world=2, fail={"above": 4}) == [0, 0]
+    assert_same_run(cells.directory("memory2"), alone)
+
+
+def test_one_image_that_does_not_fit_is_a_failure_with_a_way_out(cells: Cells) -> None:
+    assert cells.run("nothing", "parallel.micro_batch=1", fail={"above": 0}) == [1]
+    record = records.read_run(cells.directory("nothing"))
+    assert record is not None and record["status"] == "failed"
+    assert "one image at a time" in record["reason"] and "parallel=fsdp" in record["reason"]
+
+
+DAMAGE = {
+    "a flipped bit": lambda point: _flip(point / "rank00001.safetensors"),
+    "a missing shard": lambda point: (point / "rank00001.safetensors").unlink(),
+    "a cut shard": lambda point: _cut(point / "rank00000.safetensors"),
+    "no index": lambda point: (point / sharded.INDEX).unlink(),
+    "a broken index": lambda point: _cut(point / sharded.INDEX),
+    "a later schema": lambda point: _edit(point, lambda index: index.update(schema=99)),
+    "a file outside": lambda point: _edit(
+        point, lambda index: index["files"].update({"../../x": {"bytes": 0, "crc32": 0}})
+    ),
+}
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _edit(point: Path, change: Any) -> None:
+    index = json.loads((point / sharded.INDEX).read_text())
+    change(index)
+    (point / sharded.INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("label", DAMAGE)
+def test_a_damaged_folder_is_named_and_the_run_goes_back_to_the_one_before(
+    label: str, cells: Cells, alone: Path
+) -> None:
+    name = label.replace(" ", "-")
+    assert cells.run(name, *FSDP, world=2, stop_after=4) == [75, 75]
+    directory = cells.directory(name)
+    older, newest = checkpoints.resume_points(directory)
+    DAMAGE[label](directory / newest.name)
+    (directory / f".{newest.name}.tmp").mkdir()  # of a process killed while it wrote
+    assert_same_run(cells.done(name, *FSDP, world=2), alone)
+    assert f"{newest.name} is unusable" in cells.log(name) and f"Going back to {older.name}" in cells.log(name)
+    assert not list(directory.glob(".*.tmp"))
+
+
+def test_a_pickle_in_a_folder_is_not_run(cells: Cells, tmp_path: Path) -> None:
+    """A resume point from a stranger: its rest.pt may hold plain values only."""
+    import os
+    import pickle
+    import zipfile
+
+    assert cells.run("pickle", *FSDP, world=2, stop_after=4) == [75, 75]
+    directory = cells.directory("pickle")
+    newest = directory / checkpoints.resume_points(directory)[-1].name
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    with zipfile.ZipFile(newest / sharded.REST, "w") as archive:
+        archive.writestr("rest/data.pkl", pickle.dumps(Bomb(), protocol=2))
+        archive.writestr("rest/version", "3\n")
+    _edit(newest, lambda index: index["files"].update({sharded.REST: sharded._sum(newest / sharded.REST)}))
+    assert cells.run("pickle", *FSDP, world=2) == [0, 0]
+    assert "is unusable" in cells.log("pickle") and not (tmp_path / "exploded").exists()
