@@ -2,6 +2,7 @@
 
     python slurm_cells.py slow SECONDS OVERRIDES...    the real training, every step at least so long
     python slurm_cells.py DEED OVERRIDES...            no training: done, fail, wait (for TERM), deaf (to TERM), die, held,
+                                                       memory (code 77 in the first three starts),
                                                        twice (wait in the first start, done in the second),
                                                        group (`group`), preempted (the same, waits in the first start),
                                                        dies (the same, one of the processes dies in the first start)
@@ -64,6 +65,8 @@ def pretend(deed: str, overrides: list[str]) -> int:
         deed = "wait"
     while deed == "deaf" or (deed == "wait" and not stopped):
         time.sleep(0.05)
+    if deed == "memory" and len((directory / "starts").read_text().split()) < 4:
+        return 77
     if deed == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if stopped:
@@ -77,13 +80,15 @@ def pretend(deed: str, overrides: list[str]) -> int:
 
 
 def group(deed: str, overrides: list[str]) -> int:
-    """A cell of several processes, started as ``python -m sovit.train`` does it: they exchange a number and note who they are."""
+    """A cell of several processes, started as ``python -m sovit.train`` does it: they exchange a number and note it."""
     processes.follow_parent()
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     cfg = compose(overrides)
     if devices := processes.wanted(cfg):
         return processes.start([deed, *overrides], devices=devices, target=(__file__,))
+    if here := processes.place():
+        processes.rendezvous(here)
     import torch
     import torch.distributed as dist
 
@@ -114,13 +119,14 @@ def run(arguments: list[str]) -> int:
     from sovit.launch.plan import plan
     from sovit.launch.slurm import runner as slurm
     from sovit.launch.slurm.config import load_launcher
+    from sovit.launch.slurm.task import COMMAND
     from sovit.launch.sweep import load_sweep
 
     slurm.ASK_EVERY_S, slurm.GONE_PATIENCE_S, slurm.POLL_S = 1.0, 3.0, 0.5
     file, *rest = arguments
     options, flags = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     sweep = load_sweep(Path(file), ["logger=none", *(flag for flag in flags if "=" in flag)])
-    command = SLOW if "real" in flags else deed_command(flags[-1])
+    command = SLOW if "real" in flags else COMMAND if "train" in flags else deed_command(flags[-1])
     return slurm.run_on_slurm(
         plan(sweep, workers=4),
         load_launcher("slurm", options),

@@ -13,6 +13,8 @@ from sovit.shape import Shape
 SHAPE = Shape(48, 4, 96, 4, 4)
 VIT22B = {"block": "parallel", "qk_norm": True, "qkv_bias": False, "norm": "rmsnorm"}
 OPTIONS = pytest.mark.parametrize("options", [{}, VIT22B], ids=["serial", "parallel"])
+# torch's own look at a tensor that it traces
+TRACED = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 def build(options, drop_path_rate=0.0):
@@ -65,9 +67,10 @@ def test_a_copy_of_a_checkpointed_model_is_a_model_of_its_own(options, kind):
     assert torch.equal(model(images), twin(images))
 
 
+@TRACED
 @OPTIONS
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
-def test_all_blocks_compile_to_one_graph_under_any_checkpointing(options, kind, caplog):
+def test_all_blocks_compile_to_one_graph_under_any_checkpointing(options, kind):
     expected = gradients(build(options))
     model = build(options)
     names = list(model.state_dict())
@@ -82,6 +85,7 @@ def test_all_blocks_compile_to_one_graph_under_any_checkpointing(options, kind, 
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
+@TRACED
 def test_stochastic_depth_does_not_make_the_compiler_give_up():
     """One graph a rate: beyond eight, dynamo would leave the rest of the blocks uncompiled, or raise here."""
     torch.manual_seed(0)

@@ -55,6 +55,21 @@ def test_gpu_hours_are_counted_a_gpu(tmp_path: Path) -> None:
     assert bill(made(tmp_path, workers=64, accelerator="gpu")).held == 9.0  # 3 cells never hold 64 GPUs
 
 
+def test_all_gpus_of_a_cell_are_counted_and_shared_ones_by_the_share(tmp_path: Path) -> None:
+    """Cells of 8 GPUs (on 4 nodes: 32), 3 + 2 + 2 hours, two at once; then the same with one GPU, two cells on each."""
+    plan = made(tmp_path, accelerator="gpu")
+    cells = [dataclasses.replace(cell, devices=8) for cell in plan.cells]
+    whole = bill(dataclasses.replace(plan, cells=cells))
+    assert (whole.hours, whole.used, whole.held) == (4.0, 56.0, 64.0)
+    wide = [dataclasses.replace(cells[0], nodes=4), *cells[1:]]
+    whole = bill(dataclasses.replace(plan, cells=wide))
+    assert (whole.used, whole.held) == (3 * 32 + 4 * 8.0, 4.0 * (32 + 8))
+    assert dataclasses.replace(plan, cells=wide).device_hours == 3 * 32 + 4 * 8.0
+    pair = dataclasses.replace(plan, cells_per_gpu=2)
+    whole = bill(pair)
+    assert (whole.hours, whole.used, whole.held, pair.device_hours) == (4.0, 3.5, 4.0, 3.5)
+
+
 def test_what_is_done_costs_nothing(tmp_path: Path) -> None:
     """Cell a is done; b has failed, which is no work unless it is asked for; c was left at three quarters."""
     plan = made(tmp_path)

@@ -15,7 +15,7 @@ CELL = [
     *("shape=16x2x32", "name=t", "logger=none", "durations.first=null", "durations.last=null", "durations.num=null"),
     *("data.num_classes=8", "data.num_heldout=4", "eval.datasets=[fractals]", "eval.shots=[1]", "eval.num_draws=1"),
     *("trainer.global_batch_size=16", "trainer.log_every_n_steps=1", "trainer.keep_checkpoint=true"),
-    *("trainer.precision=64-true", "optim.clip_norm=0.5"),
+    *("trainer.precision=64-true", "optim.clip_norm=0.5", "schedule.warmup_steps=1"),
 ]
 DURATIONS = "durations.values=[3 steps,6 steps]"
 FSDP, DDP = ["parallel=fsdp"], ["parallel=ddp"]
@@ -145,7 +145,7 @@ def test_a_branch_leaves_the_trunk_that_shards_hold(cells: Cells) -> None:
 def test_adafactor_of_shards_is_adafactor(cells: Cells) -> None:
     """Its factored moments are means over rows and columns of whole matrices. Biases of keys are left out: they have no
     gradient but rounding, which Adafactor makes full steps of."""
-    adafactor = ["optim=adafactor", "schedule.warmup_steps=2"]
+    adafactor = ["optim=adafactor"]
     wide = ["model.num_heads=4", "shape=32x1x64"]  # matrices large enough to be factored
     wanted = cells.done("adafactor-alone", *adafactor, *wide)
     found = cells.done("adafactor-sharded", *adafactor, *wide, *FSDP, world=2)
@@ -258,3 +258,70 @@ def test_a_pickle_in_a_folder_is_not_run(cells: Cells, tmp_path: Path) -> None:
     _edit(newest, lambda index: index["files"].update({sharded.REST: sharded._sum(newest / sharded.REST)}))
     assert cells.run("pickle", *FSDP, world=2) == [0, 0]
     assert "is unusable" in cells.log("pickle") and not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("kind", ["sharded", "alone"])
+def test_an_export_is_what_one_process_would_have_written(kind: str, cells: Cells, alone: Path, tmp_path: Path) -> None:
+    """Of shards and of one file, the same weights, which a fresh model takes without a word."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from sovit.config import compose
+    from sovit.lit.export import export
+    from sovit.lit.fit import build_model
+
+    source = alone if kind == "alone" else cells.done("sharded", *FSDP, world=2)
+    wanted = state(alone)
+    for weights, prefix in ((True, "average."), (False, "model.")):
+        export(source, tmp_path / f"{weights}.safetensors", average=weights)
+        found = load_file(tmp_path / f"{weights}.safetensors")
+        model = build_model(compose(["shape=16x2x32", "data.num_classes=8"])).double()
+        assert not any(model.load_state_dict(found))
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, wanted[f"{prefix}{name}"], rtol=1e-12, atol=1e-12)
+    with safe_open(tmp_path / "True.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["step"] == "6" and json.loads(metadata["shape"])["mlp_dim"] == 32
+    export(source, tmp_path / "one.ckpt")
+    content = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert content["global_step"] == 6 and {"state_dict", "optimizer_states", "loops"} <= content.keys()
+
+
+def test_a_run_goes_on_from_an_exported_checkpoint(cells: Cells, alone: Path) -> None:
+    from sovit.lit.export import export
+
+    assert cells.run("exported", *FSDP, world=2, stop_after=4) == [75, 75]
+    directory = cells.directory("exported")
+    newest = directory / checkpoints.resume_points(directory)[-1].name
+    export(newest, directory / "one.ckpt")
+    for point in checkpoints.resume_points(directory):
+        checkpoints.remove(directory / point.name)
+    (directory / "one.ckpt").rename(newest)
+    assert_same_run(cells.done("exported"), alone)
+    assert "Going on from step 5" in cells.log("exported")
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "words"),
+    [
+        ("RUN", "x.pt", "ends neither in .safetensors nor in .ckpt"),
+        ("RUN", "no/x.ckpt", "is no folder"),
+        ("none", "x.ckpt", "is not there"),
+        ("EMPTY", "x.ckpt", "keep_checkpoint=true"),
+        ("TEXT", "x.ckpt", "cannot be read"),
+        ("RUN", "there.ckpt", "--overwrite"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_sentence(
+    source: str, out: str, words: str, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sovit.cli import main
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.ckpt").write_text("no archive")
+    (tmp_path / "there.ckpt").write_text("mine")
+    path = {"RUN": alone, "EMPTY": tmp_path / "empty", "TEXT": tmp_path / "text.ckpt"}.get(source, tmp_path / source)
+    assert main(["export", str(path), str(tmp_path / out)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert (tmp_path / "there.ckpt").read_text() == "mine"

@@ -139,6 +139,38 @@ def test_device_hours_count_the_threads_of_a_worker(tmp_path: Path) -> None:
     assert made.device_hours == pytest.approx(2 * made.cells[0].seconds / 3600)
 
 
+def test_several_devices_share_the_batch_at_the_stated_efficiency(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overhead of an update stays, its images divide by 4 x 2 devices, and a tenth is lost; the cell stays the same."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    gpu = center(tmp_path, "trainer=gpu")
+    made = center(tmp_path, "trainer=gpu", "parallel=fsdp", "parallel.devices=4", "parallel.nodes=2")
+    [alone], [cell] = gpu.cells, made.cells
+    assert (cell.devices, cell.nodes, cell.world) == (4, 2, 8)
+    assert (cell.run_id, cell.config_hash, cell.steps) == (alone.run_id, alone.config_hash, alone.steps)
+    gflops_per_s = 312e3 * 0.4
+    step_s = (GPU.step_s + 4 * GPU.block_s + 3 * 434_176e-9 * 16 / gflops_per_s) / 0.9
+    eval_s = GPU.eval_s + 434_176e-9 * (64 * 164 + 1797) / 8 / gflops_per_s
+    assert cell.seconds == pytest.approx(GPU.start_s + 144 * step_s + 4 * eval_s)
+    assert made.device_hours == pytest.approx(8 * cell.seconds / 3600)
+    assert made.notes == ("A cell takes 8 GPUs, assumed to train 90% as fast as so many that exchange nothing.",)
+    assert gpu.notes == ()
+
+
+def test_workers_follow_the_gpus_that_a_cell_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    assert center(tmp_path, "trainer=gpu", "parallel=ddp", "parallel.devices=2").workers == 4
+    assert center(tmp_path, "trainer=gpu", "parallel=ddp").cells[0].devices == 8  # null: all of them
+    sweep = load_sweep(SWEEPS / "star_smoke.yaml", [*CENTER, f"runs_dir={tmp_path}", "trainer=gpu"])
+    assert plan(sweep, cells_per_gpu=3).workers == 24
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    cpu = center(tmp_path, "parallel=ddp", "parallel.devices=2", "trainer.num_threads=2")
+    assert cpu.workers == 2 and "takes 2 processes" in cpu.notes[0]
+    with pytest.raises(SweepError, match="--cells-per-gpu 3, but the cells train on a CPU; give --workers"):
+        plan(load_sweep(SWEEPS / "star_smoke.yaml", CENTER), cells_per_gpu=3)
+
+
 def test_the_longest_task_first_packs_as_graham_says() -> None:
     """The example on which longest-first is known to end at 7 where 6 is possible, and workers that are busy at first."""
     assert makespan([2, 3, 2, 3, 2], [0, 0]) == 7

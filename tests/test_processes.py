@@ -138,6 +138,7 @@ def test_the_words_of_torchrun_and_of_slurm() -> None:
     words = dict(SLURM, MASTER_ADDR="n7")
     processes.rendezvous(here, words)
     assert place({name: words[name] for name in words if "SLURM" not in name}) == Place(5, 1, 8, 4, "torchrun")
+    assert words["GROUP_RANK"] == words["NODE_RANK"] == "1"  # of which Lightning makes its own idea of who is first
     assert words["MASTER_ADDR"] == "n7" and 15_000 <= int(words["MASTER_PORT"]) < 30_000
 
 

@@ -219,6 +219,27 @@ def test_two_processes_on_each_of_two_nodes_are_one_group(empty: Cluster, tmp_pa
     assert where[0] == where[1] != where[2] == where[3]
 
 
+def test_a_cell_is_really_trained_on_two_nodes(empty: Cluster, tmp_path: Path) -> None:
+    file, [cell] = sweep(tmp_path, "real")
+    process = runner(empty, file, "parallel=ddp", "parallel.devices=1", "parallel.nodes=2", "train")
+    out = end(process)
+    assert process.returncode == 0, out + log(cell)
+    record = records.read_run(cell.run_dir) or {}
+    assert (record["config"]["parallel"]["devices"], record["config"]["parallel"]["nodes"]) == (1, 2)
+    assert {row["step"] for row in records.read_lines(cell.run_dir / records.EVALS)} == {0, *cell.evaluations}
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_srun_by_hand_as_the_documentation_has_it(empty: Cluster, tmp_path: Path, each: int) -> None:
+    """A task a process, and a task a node that starts two; both nodes are this host, whatever Slurm calls them."""
+    _, [cell] = sweep(tmp_path, "hand")
+    overrides = [*cell.overrides, "parallel=ddp", *([*GROUP[1:], "parallel.nodes=2"] if each == 1 else [])]
+    cell.run_dir.mkdir(parents=True)
+    command = ["srun", "--nodes=2", f"--ntasks-per-node={each}", "--export=ALL,MASTER_ADDR=127.0.0.1"]
+    empty.call(*command, sys.executable, slurm_cells.__file__, "group", *overrides)
+    assert [note["total"] for note in ranks(cell)] == [4.0] * 4
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_preempted_cell_of_several_processes_stops_and_goes_on(empty: Cluster, tmp_path: Path, nodes: int) -> None:
     """Every process gets one TERM, none dies of Slurm's own warning, and one requeue puts all of them back."""

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -167,6 +168,42 @@ def test_a_cell_that_dies_is_tried_once_more_and_a_failed_one_is_not(tmp_path: P
     assert begin(tmp_path, "fail", "tag=f").wait(60) == 1
     assert starts(tmp_path, "tag=f") == 1
     assert asked(tmp_path) == []
+
+
+def test_out_of_device_memory_is_started_again_at_once_and_no_death(tmp_path: Path) -> None:
+    assert begin(tmp_path, "memory").wait(60) == 0
+    assert starts(tmp_path) == 4 and log(tmp_path).count("started again with a smaller micro-batch") == 3
+
+
+SRUN = """\
+echo "$@" >> {root}/bin/steps
+echo "$MASTER_ADDR $SLURM_STEP_ID-" >> {root}/bin/words
+while [ "${{1#--}}" != "$1" ] || [ "$1" = srun ]; do shift; done
+"$@"
+code=$?
+[ $code = 0 ] || echo $code > "$SOVIT_FIRST_EXIT"
+exit ${{1:+143}}
+"""
+
+
+def test_a_cell_on_two_nodes_is_a_step_of_one_process_on_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun returns its largest exit code, here that of a process it ended itself; what counts is who failed first."""
+    slurm(tmp_path / "bin", "RUNNING")
+    (tmp_path / "bin" / "srun").write_text("#!/bin/sh\n" + SRUN.format(root=tmp_path))
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert begin(tmp_path, "fail", nodes=2).wait(60) == 1
+    assert starts(tmp_path) == 1
+    [step] = (tmp_path / "bin" / "steps").read_text().splitlines()
+    assert step.startswith("--overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 ") and "--cpus-per-task=6 " in step
+    assert (
+        tmp_path / "bin" / "words"
+    ).read_text() == f"{socket.gethostname()} -\n"  # the step of the task is not its own
+    process = begin(tmp_path, "wait", "tag=t", nodes=2)
+    wait_for(lambda: starts(tmp_path, "tag=t"), "the cell")
+    os.kill(int((directory(tmp_path, "tag=t") / "starts").read_text()), signal.SIGTERM)  # as a real srun passes it on
+    assert process.wait(60) == 75
 
 
 def test_slurm_signals_do_not_reach_the_processes_of_a_cell(tmp_path: Path) -> None:

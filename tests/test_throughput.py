@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from sovit.config import compose
 from sovit.launch.pay import hardware, throughput
 from sovit.launch.pay.throughput import Timing, expect, fit, probes, time_cells, when
 from sovit.launch.pay.timing import Timer, TimingError
@@ -45,6 +46,17 @@ def planned(shapes: list[str], *overrides: str, workers: int = 2) -> Plan:
 def _planned(shapes: tuple[str, ...], overrides: tuple[str, ...], workers: int) -> Plan:
     cells = [["experiment=star_tiny", f"shape={shape}", *overrides, f"runs_dir={NOWHERE}"] for shape in shapes]
     return plan(Sweep("star_tiny", Path("star.yaml"), {}, cells), workers=workers)
+
+
+def test_of_a_cell_with_several_processes_the_share_of_one_is_timed() -> None:
+    """A measurement of all of them would miss updates, which are made in processes of their own."""
+    parallel = ("parallel=ddp", "parallel.devices=4", "trainer.global_batch_size=128")
+    made, alone = planned(FEW, *parallel), planned(FEW, "trainer.global_batch_size=32")
+    for cell, other in zip(made.cells, alone.cells, strict=True):
+        composed = compose(throughput._overrides(cell, 20, Path("scratch")))
+        assert composed.parallel == other.config.parallel and composed.trainer == other.config.trainer
+        assert throughput._what(cell) == throughput._what(other)  # one measurement serves both
+        assert throughput._guess(cell) == throughput._guess(other)
 
 
 def timing(made: Plan, number: int, model: TimeModel, noise: float = 1.0) -> Timing:
@@ -301,7 +313,8 @@ def test_a_plan_for_more_gpus_than_are_here_is_measured_one_cell_a_gpu(
     made = planned(FEW, "trainer.accelerator=gpu", workers=3)
     found = expect(made, "missing", say=lambda line: None)
     assert measured == [1] and "1 worker, 3 shapes" in found.basis
-    assert found.notes == ("Times are for one cell a GPU: 3 at once need 3 GPUs, and this machine has 1; "
+    assert found.notes == (
+        "Times are for one cell a GPU: 3 at once need 3 GPUs, and this machine has 1; "
         "--cells-per-gpu says how many share one.",
     )
     assert found.workers == 3

@@ -168,8 +168,9 @@ def choose_layout(
     if micro_batch is not None and (micro_batch < 1 or share % micro_batch):
         raise ValueError(f"micro_batch={micro_batch} does not divide the {share} images of each process.")
     kinds = CHECKPOINTING if checkpointing == "auto" else (checkpointing,)
-    sizes = [micro_batch] if micro_batch else [n for n in range(share, 0, -1) if share % n == 0]
-    sizes = [n for n in sizes if at_most is None or n <= at_most] or sizes[-1:]
+    largest = min(micro_batch or share, at_most or share)
+    sizes = [n for n in range(largest, 0, -1) if share % n == 0]
+    sizes = sizes[:1] if micro_batch else sizes
 
     def layout(size: int, kind: str) -> Layout:
         return Layout(size, share // size, kind, estimate(model, micro_batch=size, checkpointing=kind, **training))

@@ -11,14 +11,31 @@ import sys
 from collections.abc import Sequence
 
 from sovit import __version__
-from sovit.cli import check, design, fit, importers, plan, predict, rerun, run, shape, simulate, status, wandb
+from sovit.cli import (
+    check,
+    design,
+    export,
+    fit,
+    importers,
+    memory,
+    plan,
+    predict,
+    rerun,
+    run,
+    shape,
+    simulate,
+    status,
+    wandb,
+)
 
 COMMANDS = (
     shape,
+    memory,
     plan,
     run,
     status,
     rerun,
+    export,
     wandb,
     fit,
     check,

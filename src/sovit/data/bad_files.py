@@ -28,6 +28,7 @@ class BadFiles:
         self.path = None if directory is None else directory / (FILE if rank == 0 else f"bad_files-{rank}.jsonl")
         self.reasons = {} if directory is None else _read(directory)
         self.beyond = 0  # names that are not kept: at most so many files more
+        self.told = ""  # the last summary the user was given
         self._said = 0
         self._listed: set[str] = set()
 
@@ -67,7 +68,7 @@ class BadFiles:
 
 def _read(directory: Path) -> dict[str, str]:
     found: dict[str, str] = {}
-    for path in sorted(directory.glob("bad_files*.jsonl")):
+    for path in sorted(directory.glob("bad_files*.jsonl"), key=lambda path: (len(path.name), path.name)):
         with suppress(OSError), path.open() as file:
             for line in file:
                 with suppress(ValueError, KeyError, TypeError):  # cut off by a kill

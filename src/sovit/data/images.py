@@ -42,7 +42,7 @@ class Unreadable(ValueError):
 class Batch(NamedTuple):
     """What a worker makes of its part of a batch; `finish` makes images and labels of it, on their device."""
 
-    images: Tensor  # uint8 [B, size, size, channels]
+    images: Tensor  # uint8 [B, channels, size, size]
     labels: Tensor  # int64 [B]
     shares: Tensor  # float32 [B] of mixup, or [0] without
     bad: list[tuple[str, str]]  # (name, reason) of the files another image stands in for
@@ -61,7 +61,7 @@ class ImageStream(Dataset[Batch]):
         positions = np.asarray(indices, np.int64)
         chosen = self.order(positions)
         seeds = mix(self.seed, _VIEW, positions) >> np.uint64(1)
-        pixels = np.empty((len(chosen), self.view.size, self.view.size, self.view.channels), np.uint8)
+        pixels = torch.empty((len(chosen), self.view.channels, self.view.size, self.view.size), dtype=torch.uint8)
         labels = np.empty(len(chosen), np.int64)
         bad: list[tuple[str, str]] = []
         failure = ""
@@ -73,7 +73,7 @@ class ImageStream(Dataset[Batch]):
                     labels[row] = self.images.labels[used]
             except Unreadable as error:
                 failure = str(error)
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), self._shares(positions), bad, failure)
+        return Batch(pixels, torch.from_numpy(labels), self._shares(positions), bad, failure)
 
     def _shares(self, positions: NDArray[np.int64]) -> Tensor:
         if not self.mixup:
@@ -123,9 +123,9 @@ class FilePixels:
         note: Callable[[str, str], None] | None = None,
     ) -> None:
         self.images, self.chosen, self.view, self.threads, self.note = images, chosen, view, threads, note
-        self.shape = (view.size, view.size, view.channels)
+        self.shape = (view.channels, view.size, view.size)
         fits = len(chosen) * math.prod(self.shape) <= IN_MEMORY
-        self._kept = np.empty((len(chosen), *self.shape), np.uint8) if fits else None
+        self._kept = torch.empty((len(chosen), *self.shape), dtype=torch.uint8) if fits else None
         self._ready = np.zeros(len(chosen), bool)
 
     def __len__(self) -> int:
@@ -135,7 +135,7 @@ class FilePixels:
         """float32 [stop - start, channels, size, size] in [-1, 1]. Raises Unreadable if no image of a class can be read."""
         asked = np.arange(len(self))[rows]
         missing = asked[~self._ready[asked]]
-        fresh = np.empty((len(missing), *self.shape), np.uint8)
+        fresh = torch.empty((len(missing), *self.shape), dtype=torch.uint8)
         bad: list[tuple[str, str]] = []
         if len(missing):
             with decoding(), ThreadPoolExecutor(self.threads) as pool:
@@ -144,11 +144,12 @@ class FilePixels:
         for name, reason in sorted(bad) if self.note else ():
             self.note(name, reason)  # type: ignore[misc]
         if self._kept is None:
-            return to_float(torch.from_numpy(fresh))
-        self._kept[missing], self._ready[missing] = fresh, True
-        return to_float(torch.from_numpy(self._kept[asked]))
+            return to_float(fresh)
+        self._kept[missing] = fresh
+        self._ready[missing] = True
+        return to_float(self._kept[asked])
 
-    def _decoded(self, row: int, bad: list[tuple[str, str]]) -> NDArray[np.uint8]:
+    def _decoded(self, row: int, bad: list[tuple[str, str]]) -> Tensor:
         return _readable(self.images, self._same_class(int(self.chosen[row])), self.view, bad)[0]
 
     def _same_class(self, index: int) -> Iterator[int]:
@@ -157,19 +158,10 @@ class FilePixels:
         yield from np.roll(same, -int(np.searchsorted(same, index)))[1:].tolist()
 
 
-def fewshot_set(
-    name: str,
-    train: Images,
-    test: Images,
-    view: TestView,
-    *,
-    shots: Sequence[int],
-    threads: int = 1,
-    note: Callable[[str, str], None] | None = None,
-) -> FewShotSet:
-    """All images of ``test``, and of ``train`` a pool of at most 50 a class (or twice the shots) to draw support from.
+def check_fewshot(train: Images, test: Images, shots: Sequence[int]) -> NDArray[np.int64]:
+    """How many images of each class there are to draw support from; decodes none.
 
-    Raises ValueError if the classes of the two differ, or a class has fewer images than the most shots.
+    Raises ValueError if the classes of the two parts differ, or a class has fewer images than the most shots.
     """
     if train.classes != test.classes:
         example = sorted(set(train.classes) ^ set(test.classes))[:1]
@@ -184,6 +176,24 @@ def fewshot_set(
             f"eval.shots asks for {max(shots)} images of each class, but {train.where} has {of_class[least]} of "
             f"{train.classes[least]!r}; write eval.shots=[{','.join(str(s) for s in shots if s <= of_class[least])}]."
         )
+    return of_class
+
+
+def fewshot_set(
+    name: str,
+    train: Images,
+    test: Images,
+    view: TestView,
+    *,
+    shots: Sequence[int],
+    threads: int = 1,
+    note: Callable[[str, str], None] | None = None,
+) -> FewShotSet:
+    """All images of ``test``, and of ``train`` a pool of at most 50 a class (or twice the shots) to draw support from.
+
+    Raises ValueError where `check_fewshot` does, and Unreadable.
+    """
+    of_class = check_fewshot(train, test, shots)
     pool = max(SUPPORT_PER_CLASS, 2 * max(shots))
     order = np.argsort(mix(np.arange(len(train))), kind="stable")  # which images, if there are more than the pool takes
     order = order[np.argsort(train.labels[order], kind="stable")]
@@ -211,8 +221,8 @@ def _from(index: int, size: int) -> Iterator[int]:
 
 
 def _readable(
-    images: Images, places: Iterable[int], view: Callable[[bytes], NDArray[np.uint8]], bad: list[tuple[str, str]]
-) -> tuple[NDArray[np.uint8], int]:
+    images: Images, places: Iterable[int], view: Callable[[bytes], Tensor], bad: list[tuple[str, str]]
+) -> tuple[Tensor, int]:
     """The view of the first of the places that can be read, and which it is; the others are added to ``bad``."""
     tried = 0
     for tried, place in enumerate(itertools.islice(places, MOST_BAD), 1):  # noqa: B007

@@ -124,7 +124,7 @@ def kind_of(root: str) -> str:
     """Which kind of images a folder holds, from the names of its files. Raises ValueError if there is no such folder."""
     path = Path(root).expanduser()
     if not path.is_dir():
-        raise ValueError(f"{root} is no folder; give one that holds images.")
+        raise ValueError(f"eval.datasets: {root} is no folder; give one that holds images.")
     inner = [path, *(path / split for split in SPLITS if (path / split).is_dir())]
     if any((folder / name).exists() for folder in inner for name in ("dataset_dict.json", "state.json")):
         return "hf"

@@ -16,7 +16,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -29,7 +28,7 @@ _MARGIN = 2.0  # a JPEG keeps at least so many times the pixels needed, so that 
 
 @dataclass(frozen=True)
 class TrainView:
-    """A random view, uint8 [size, size, channels]."""
+    """A random view, uint8 [channels, size, size]."""
 
     size: int
     channels: int = 3
@@ -38,7 +37,7 @@ class TrainView:
     randaugment_ops: int = 0
     randaugment_magnitude: int = 10
 
-    def __call__(self, data: bytes, seed: int) -> NDArray[np.uint8]:
+    def __call__(self, data: bytes, seed: int) -> Tensor:
         """The view of an image file that the seed draws; torch's global generator is used up. Raises BadImage."""
         torch.default_generator.manual_seed(seed)
         image, orientation = decode.opened(data)
@@ -46,15 +45,15 @@ class TrainView:
         crop = self._crop.make_params([torch.empty(1, height, width, device="meta")])
         decode.shrink(image, min(crop["width"], crop["height"]) / (_MARGIN * self.size))
         image = decode.pixels(image, orientation, self.channels)
-        x, y = image.width / width, image.height / height
-        left, top = crop["left"] * x, crop["top"] * y
-        box = (left, top, left + crop["width"] * x, top + crop["height"] * y)
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, _within(box, image))
+        x, y = image.width / width, image.height / height  # below 1 for a JPEG that was decoded small
+        left, top = round(crop["left"] * x), round(crop["top"] * y)
+        right, bottom = round((crop["left"] + crop["width"]) * x), round((crop["top"] + crop["height"]) * y)
+        view = v2.functional.resize(_bytes(image.crop((left, top, right, bottom))), [self.size] * 2, antialias=True)
         if self.flip and torch.rand(()) < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            view = v2.functional.horizontal_flip(view)
         if self.randaugment_ops:
-            image = self._randaugment(image)
-        return _array(image)
+            view = _bytes(self._randaugment(v2.functional.to_pil_image(view)))  # its operations are PIL's
+        return view
 
     @cached_property
     def _crop(self) -> v2.RandomResizedCrop:
@@ -67,21 +66,20 @@ class TrainView:
 
 @dataclass(frozen=True)
 class TestView:
-    """The central view, uint8 [size, size, channels]. Draws no random numbers, so threads may share it."""
+    """The central view, uint8 [channels, size, size]. Draws no random numbers, so threads may share it."""
 
     __test__ = False  # no test case, whatever pytest makes of the name
 
     size: int
     channels: int = 3
 
-    def __call__(self, data: bytes) -> NDArray[np.uint8]:
+    def __call__(self, data: bytes) -> Tensor:
         """The view of an image file. Raises BadImage."""
         image, orientation = decode.opened(data)
         side = round(self.size / CENTRAL)
         decode.shrink(image, min(image.size) / (_MARGIN * side))
-        image = decode.pixels(image, orientation, self.channels)
-        image = v2.functional.resize(image, [side], antialias=True)
-        return _array(v2.functional.center_crop(image, [self.size]))
+        view = v2.functional.resize(_bytes(decode.pixels(image, orientation, self.channels)), [side], antialias=True)
+        return v2.functional.center_crop(view, [self.size])
 
 
 @contextmanager
@@ -100,16 +98,11 @@ def decoding() -> Iterator[None]:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [N, size, size, channels] to float32 [N, channels, size, size] in [-1, 1], on the same device."""
-    moved = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return moved.div_(127.5).sub_(1)
+    """uint8 to float32 in [-1, 1], on the same device."""
+    return images.float().div_(127.5).sub_(1)
 
 
-def _within(box: tuple[float, float, float, float], image: Image.Image) -> tuple[float, float, float, float]:
-    """The box, cut where rounding led it beyond the image."""
-    return max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height)
-
-
-def _array(image: Image.Image) -> NDArray[np.uint8]:
-    found = np.asarray(image)
-    return found[..., None] if found.ndim == 2 else found
+def _bytes(image: Image.Image) -> Tensor:
+    """uint8 [channels, height, width]: torch resizes bytes three times as fast as PIL, and to the same within one level."""
+    array = np.array(image)
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)

@@ -41,6 +41,7 @@ GRACE_AFTER_FAILURE_S = 20.0
 PARENT = "SOVIT_PARENT"  # the process that a rank must not outlive
 FIRST_EXIT = "SOVIT_FIRST_EXIT"  # a file that the first node whose processes fail writes its exit code to
 WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+NODE_WORDS = ("GROUP_RANK", "NODE_RANK")  # of the node, in torchrun's word and in Lightning's
 LAST_LINES = 60  # of the standard error of a process that failed
 
 
@@ -194,6 +195,7 @@ def rendezvous(here: Place, environ: MutableMapping[str, str] | None = None) -> 
     environ = os.environ if environ is None else environ
     words = {"RANK": here.rank, "LOCAL_RANK": here.local_rank, "WORLD_SIZE": here.world}
     words["LOCAL_WORLD_SIZE"] = here.local_world
+    words |= dict.fromkeys(NODE_WORDS, here.rank // here.local_world)
     environ.update({name: str(value) for name, value in words.items()})
     if "MASTER_ADDR" not in environ:
         environ["MASTER_ADDR"] = _first_host(environ)
@@ -267,13 +269,14 @@ def start(
 
 def _environments(devices: int, here: Place | None, gpus: Sequence[str] | None) -> list[dict[str, str]]:
     node, nodes = (0, 1) if here is None else (here.rank, here.world)
-    common = {name: text for name, text in os.environ.items() if name not in (FIRST_EXIT, "GROUP_RANK")}
+    common = {name: text for name, text in os.environ.items() if name != FIRST_EXIT}
     if here is not None:
         rendezvous(here, common)
     else:
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         if sys.platform == "linux":
             common.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not be known to it
+    common |= dict.fromkeys(NODE_WORDS, str(node))
     common |= {"WORLD_SIZE": str(devices * nodes), "LOCAL_WORLD_SIZE": str(devices), PARENT: str(os.getpid())}
     if gpus is not None:
         common["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

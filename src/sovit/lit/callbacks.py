@@ -6,6 +6,7 @@ after an evaluation remembers the growing files with its rows in them.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,16 @@ import torch
 
 from sovit import records
 from sovit.lit import checkpoints
+from sovit.lit.loop import StepLoop
 from sovit.lit.module import LitClassifier
+from sovit.lit.peak import Peak
+from sovit.lit.progress import PERF, Meter, tell
 from sovit.lit.ranks import Ranks
 from sovit.lit.sharded import alike, local, part_of
 from sovit.schedule import Segment
 
 WATCH_EVERY = 25  # steps
+NOTE_EVERY_S = 1.0
 
 
 class Diverged(RuntimeError):
@@ -161,10 +166,11 @@ class Watch(pl.Callback):
 
 
 class Log(pl.Callback):
-    """Training metrics every n steps, and progress about once a second.
+    """Training metrics every n steps, and how the run is going about once a second.
 
     ``done`` + the trainer's step counts the steps of all segments, ``total`` is where that ends; the run's wall time
-    counts from ``clock_zero``, a monotonic time.
+    counts from ``clock_zero``, a monotonic time. ``peak``: of a device, for the utilisation. Waits for a GPU at the steps
+    that are logged, once, and at no other.
     """
 
     def __init__(
@@ -173,56 +179,80 @@ class Log(pl.Callback):
         *,
         every: int,
         batch_size: int,
+        gflops: float,
+        peak: Peak | None,
         done: int,
         total: int,
         clock_zero: float,
         ranks: Ranks,
     ) -> None:
-        self.growing, self.every, self.batch_size, self.ranks = growing, every, batch_size, ranks
-        self.done, self.total, self.clock_zero = done, total, clock_zero
-        self._mark = (0.0, 0)  # time and step of the last progress note
+        self.growing, self.every, self.ranks = growing, every, ranks
+        self.done, self.total, self.clock_zero, self.peak = done, total, clock_zero, peak
+        self._meter = functools.partial(
+            Meter, batch_size=batch_size, gflops=gflops, devices=ranks.world, peak=self.peak
+        )
+        self._loss: float | None = None  # of the last row
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._mark = (time.monotonic(), trainer.global_step)
+        self._begun = (time.monotonic(), trainer.global_step)
+        self._rows, self._notes = (self._meter(now=self._begun[0], step=self._begun[1]) for _ in range(2))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, LitClassifier)
-        step, now = trainer.global_step, time.monotonic()
+        step = trainer.global_step
         if step % self.every == 0 or step == trainer.max_steps:
+            assert isinstance(pl_module, LitClassifier)
             loss = self.ranks.total(outputs["loss"] / self.ranks.world)
+            norm = pl_module.gradient_norm()  # which all processes may have to compute together
             if self.growing is not None:
-                self._append(self.growing, trainer, pl_module, float(loss), now)
-        if self.growing is not None and now - self._mark[0] > 1.0:
-            progress = {
-                "step": self.done + step,
-                "total_steps": self.total,
-                "images_per_s": self._rate(now, step),
-                "wall_s": round(now - self.clock_zero, 2),
-            }
-            self.growing.check()
-            records.write_json(self.growing.directory / records.PROGRESS, progress)
-            self._mark = (now, step)
+                self._append(self.growing, trainer, pl_module, loss, norm)
+        if self.growing is not None and time.monotonic() - self._notes.marked[0] > NOTE_EVERY_S:
+            self._note(self.growing, trainer)
 
     def _append(
-        self, growing: records.GrowingFiles, trainer: pl.Trainer, module: LitClassifier, loss: float, now: float
+        self, growing: records.GrowingFiles, trainer: pl.Trainer, module: LitClassifier, *values: torch.Tensor
     ) -> None:
         step = trainer.global_step
-        metrics = {"train/loss": loss, "train/lr_scale": module.lr_scale(step - 1)}
-        if module.grad_norm is not None:
-            metrics["train/grad_norm"] = float(module.grad_norm)
-        # JSON has no word for a number that is none. What hangs on the clock is not written at all, so that two runs
-        # of one cell leave the same file.
+        loss, norm = torch.stack([value.double() for value in values]).tolist()  # the one wait for the GPU
+        metrics = {"train/loss": loss, "train/lr_scale": module.lr_scale(step - 1), "train/grad_norm": norm}
+        # JSON has no word for a number that is none. What hangs on the clock has a file of its own, so that two runs of
+        # one cell leave the same metrics.
         row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         growing.append(records.METRICS, [{"step": step, **row}])
-        if now > self._mark[0] and step > self._mark[1]:
-            metrics["perf/images_per_s"] = self._rate(now, step)
+        self._loss = row["train/loss"]
+        now = time.monotonic()
+        speeds = self._rows.read(now, step, _waited(trainer))
+        if speeds:
+            growing.check()
+            about = {"step": self.done + step, "wall_s": round(now - self.clock_zero, 2)}
+            records.append_lines(growing.directory / PERF, [about | speeds])
+            metrics |= {f"perf/{key}": value for key, value in speeds.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
 
-    def _rate(self, now: float, step: int) -> float:
-        return round((step - self._mark[1]) * self.batch_size / (now - self._mark[0]), 1)
+    def _note(self, growing: records.GrowingFiles, trainer: pl.Trainer) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        began, first = self._begun
+        left_s = (now - began) / (step - first) * (self.total - self.done - step)
+        note = {
+            "step": self.done + step,
+            "total_steps": self.total,
+            **self._notes.read(now, step, _waited(trainer)),
+            "peak": self.peak and self.peak.basis,
+            "loss": self._loss,
+            "left_s": round(left_s, 1),
+            "wall_s": round(now - self.clock_zero, 2),
+        }
+        growing.check()
+        records.write_json(growing.directory / records.PROGRESS, note)
+        tell(note)
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    loop = trainer.fit_loop.epoch_loop
+    assert isinstance(loop, StepLoop)
+    return loop.waited
 
 
 class Evaluate(pl.Callback):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -16,13 +17,15 @@ from sovit import records
 from sovit.config import ConfigError, RunConfig, fewshot_name
 from sovit.data.bad_files import BadFiles
 from sovit.data.fractals import FractalWorld, fingerprint
-from sovit.data.images import Batch, ImageStream, fewshot_set, finish
+from sovit.data.images import Batch, ImageStream, check_fewshot, fewshot_set, finish
 from sovit.data.order import mix
 from sovit.data.shards import shard_paths
 from sovit.data.sources import SPLITS, Images, kind_of, open_images
 from sovit.data.stream import FewShotSet, FractalDataset, StepSampler, digits_fewshot, fractal_fewshot, make_loader
 from sovit.data.views import TestView, TrainView
 from sovit.schema import EVAL_DATASETS
+
+T = TypeVar("T")
 
 
 def world_of(cfg: RunConfig) -> FractalWorld:
@@ -72,11 +75,19 @@ class TrainData(pl.LightningDataModule):
             bad_files(self.cfg, self.rank).note(name, reason)
         return finish(batch, self.cfg.data.num_classes)
 
+    def setup(self, stage: str) -> None:
+        """Says what earlier processes, or the listing of the files, found unusable."""
+        self._say_unusable()
+
     def teardown(self, stage: str) -> None:
-        """Says what could not be used, once more as a segment ends."""
-        said = unusable(self.cfg, self.rank)
-        if said and self.rank == 0:
-            print(said, flush=True)
+        """Says what could not be used, if a segment has added to it."""
+        self._say_unusable()
+
+    def _say_unusable(self) -> None:
+        text, known = unusable(self.cfg, self.rank), bad_files(self.cfg, self.rank)
+        if text and text != known.told and self.rank == 0:
+            print(text, flush=True)
+            known.told = text
 
 
 def train_stream(cfg: RunConfig) -> FractalDataset | ImageStream:
@@ -116,6 +127,9 @@ def data_fingerprint(cfg: RunConfig) -> str:
     before anything is trained. Raises ConfigError.
     """
     sources = _sources(cfg)
+    for dataset in cfg.eval.datasets:
+        if dataset not in EVAL_DATASETS:
+            _checked(check_fewshot, *fewshot_images(dataset), cfg.eval.shots)
     return fingerprint(world_of(cfg)) if cfg.data.name == "fractals" else sources[0].fingerprint
 
 
@@ -131,28 +145,15 @@ def fewshot_sets(cfg: RunConfig) -> list[FewShotSet]:
             return digits_fewshot(size, channels)
         bad = bad_files(cfg)
         train, test = fewshot_images(dataset)
-        try:
-            return fewshot_set(
-                fewshot_name(dataset),
-                train,
-                test,
-                TestView(size, channels),
-                shots=cfg.eval.shots,
-                threads=threads,
-                note=bad.note,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        view, name = TestView(size, channels), fewshot_name(dataset)
+        return _checked(fewshot_set, name, train, test, view, shots=cfg.eval.shots, threads=threads, note=bad.note)
 
     return [build(dataset) for dataset in cfg.eval.datasets]
 
 
 def fewshot_images(dataset: str) -> tuple[Images, Images]:
     """What to draw support from and what to test on: the parts train, and test or val, of a folder. Raises ConfigError."""
-    try:
-        kind = kind_of(dataset)
-    except ValueError as error:
-        raise ConfigError(f"eval.datasets: {error}") from None
+    kind = _checked(kind_of, dataset)
     parts = [name for name in SPLITS if _has_part(kind, dataset, name)]
     support = next((name for name in parts if name.startswith("train")), None)
     tested = next((name for name in parts if not name.startswith("train")), None)
@@ -204,7 +205,12 @@ def _bad_files(directory: Path, there: bool, rank: int) -> BadFiles:
 
 
 def _listed(kind: str, root: str, *rest: str | None) -> Images:
+    return _checked(open_images, kind, root, *rest)
+
+
+def _checked(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """What the function returns, its ValueError as one the user can mend."""
     try:
-        return open_images(kind, root, *rest)
+        return function(*arguments, **options)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -179,7 +179,7 @@ def _begin(
     growing = records.GrowingFiles(directory, state.get("marks"), claim.check)
     if point is not None:
         print(f"Going on from step {point.step} of segment {point.segment + 1} of {len(plan)}.")
-    chosen = layout.choose(cfg, directory, ranks.world, ranks.local_world)
+    chosen = layout.choose(cfg, directory, ranks)
     record = new_record(cfg, directory, before) | {"layout": {"processes": ranks.world, **asdict(chosen)}}
     claim.check()
     records.write_json(directory / records.RUN, record, durable=True)

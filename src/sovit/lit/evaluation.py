@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 
 from sovit import records
 from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
-from sovit.data.stream import FewShotSet
+from sovit.data.stream import FewShotSet, Slices
 from sovit.fewshot import fewshot_errors, summarise
 from sovit.flops import forward_gflops
 from sovit.lit.callbacks import Diverged
@@ -87,8 +87,10 @@ class Evaluation:
         """What an error must beat: chance, and the same ridge regression on raw pixels, per data set and shots."""
         found = {}
         for target in self.targets:
-            train, test = (images.flatten(1) for images in (target.train_images, target.test_images))
-            pixels = {str(row.shots): row.error for row in summarise(self._errors(target, train, test))}
+            pixels = None  # of images too many to hold
+            if isinstance(target.train_images, torch.Tensor) and isinstance(target.test_images, torch.Tensor):
+                train, test = target.train_images.flatten(1), target.test_images.flatten(1)
+                pixels = {str(row.shots): row.error for row in summarise(self._errors(target, train, test))}
             found[target.name] = {"chance": 1 - 1 / target.num_classes, "pixels": pixels}
         return found
 
@@ -106,7 +108,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def extract(model: torch.nn.Module, images: torch.Tensor, ranks: Ranks | None = None) -> torch.Tensor:
+def extract(model: torch.nn.Module, images: torch.Tensor | Slices, ranks: Ranks | None = None) -> torch.Tensor:
     """Pre-logits (N, width) of images (N, channels, size, size), in batches, as float32 on the CPU.
 
     ``images`` is a tensor, or anything with a length whose slices are tensors. Every process works on its share, in the

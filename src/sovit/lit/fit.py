@@ -15,13 +15,16 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
 from sovit import records, schedule
-from sovit.config import RunConfig, shape_of
+from sovit.config import RunConfig, model_options, shape_of
 from sovit.lit import checkpoints
 from sovit.lit.callbacks import Ema, Evaluate, Log, Resume, Watch
 from sovit.lit.data import TrainData
 from sovit.lit.evaluation import Evaluation
-from sovit.lit.layout import Layout
+from sovit.lit.layout import Layout, on_gpu
+from sovit.lit.loop import StepLoop
 from sovit.lit.module import LOSSES, LitClassifier
+from sovit.lit.peak import Peak, peak
+from sovit.lit.progress import step_gflops
 from sovit.lit.ranks import Ranks
 from sovit.lit.strategy import make_strategy, spread
 from sovit.models.vit import build_vit
@@ -66,6 +69,8 @@ def fit(
             work.growing,
             every=cfg.trainer.log_every_n_steps,
             batch_size=cfg.trainer.global_batch_size,
+            gflops=step_gflops(cfg),
+            peak=device_peak(cfg) if work.growing is not None else None,
             done=schedule.steps_trained(work.plan[:index]) - segment.start,  # done + global_step counts all steps
             total=schedule.steps_trained(work.plan),
             clock_zero=work.clock_zero,
@@ -112,10 +117,17 @@ def fit(
             log_every_n_steps=1,  # not used: the Log callback decides
             use_distributed_sampler=False,
         )
+        StepLoop(trainer)
         path = work.directory / begin.name if begin else None
         data = TrainData(cfg, segment.stop, rank=ranks.rank, world=ranks.world)
         trainer.fit(module, data, ckpt_path=path, weights_only=True)
     return trainer.global_step - (begin.step if begin else 0)
+
+
+def device_peak(cfg: RunConfig) -> Peak:
+    """What the utilisation of a run is a share of."""
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu(cfg) else torch.device("cpu")
+    return peak(device, cfg.trainer.precision)
 
 
 def build_model(cfg: RunConfig) -> torch.nn.Module:
@@ -126,7 +138,7 @@ def build_model(cfg: RunConfig) -> torch.nn.Module:
         channels=cfg.model.channels,
         num_classes=cfg.data.num_classes,
         pool=cfg.model.pool,
-        pos_embed=cfg.model.pos_embed,
+        **model_options(cfg),
         init=cfg.model.init,
         head_bias=cfg.model.head_bias,
         drop_path_rate=cfg.model.drop_path_rate,

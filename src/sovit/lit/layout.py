@@ -6,17 +6,21 @@ less memory than was estimated. None of it changes a result but for the order of
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sovit import records
-from sovit.config import ConfigError, RunConfig
+from sovit import memory, records
+from sovit.config import ConfigError, RunConfig, model_geometry, model_options, shape_of
+from sovit.lit.ranks import Ranks
+from sovit.lit.strategy import shard_size
 
-NOTE = "layout.json"  # {"micro_batch": the most images a device of these runs has proved too small for, less one half}
+NOTE = "layout.json"  # {"notes": [{"device", "world", "micro_batch": what is left to try, "too_large": a layout}]}
 
 
 @dataclass(frozen=True)
@@ -27,28 +31,38 @@ class Layout:
     accumulation: int
     checkpointing: str
     compiled: bool
+    estimated_bytes: int = 0  # on the fullest device
 
 
-def choose(cfg: RunConfig, directory: Path, world: int, local_world: int) -> Layout:
-    """The layout of a run over ``world`` processes, on a device such as this process has. Raises ConfigError."""
+def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
+    """The layout of a run on devices such as this process has. Raises ConfigError if the model does not fit on them."""
     parallel, batch = cfg.parallel, cfg.trainer.global_batch_size
-    if batch % world:
+    if batch % ranks.world:
         raise ConfigError(
-            f"trainer.global_batch_size={batch} does not divide among {world} processes; start another number of them."
+            f"trainer.global_batch_size={batch} does not divide among {ranks.world} processes; start another number of them."
         )
-    share = batch // world
-    if parallel.micro_batch is not None and share % parallel.micro_batch:
-        raise ConfigError(
-            f"parallel.micro_batch={parallel.micro_batch} does not divide the {share} images of each of {world} processes."
+    fsdp = parallel.kind == "fsdp"
+    model = memory.Model(shape_of(cfg), **model_geometry(cfg), **model_options(cfg))
+    try:
+        found = memory.choose_layout(
+            model,
+            device_bytes=free_bytes(cfg) / (1 if on_gpu(cfg) else ranks.local_world),
+            global_batch_size=batch,
+            world=ranks.world,
+            micro_batch=parallel.micro_batch,
+            at_most=_noted(directory, ranks.world),
+            checkpointing=parallel.checkpointing,
+            precision=cfg.trainer.precision,
+            optimizer=cfg.optim.name,
+            ema=cfg.eval.weights == "ema",
+            kind=parallel.kind,
+            shards=shard_size(ranks, parallel.shard) if fsdp else 1,
+            gpu=on_gpu(cfg),
         )
-    micro, checkpointing = parallel.micro_batch or share, parallel.checkpointing
-    limit = _noted(directory, world)
-    while limit and micro > limit:
-        micro = next_smaller(micro, share)
-    if checkpointing == "auto":
-        checkpointing = "none"
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     compiled = on_gpu(cfg) if parallel.compile is None else parallel.compile
-    return Layout(micro, share // micro, checkpointing, compiled)
+    return Layout(found.micro_batch, found.accumulation, found.checkpointing, compiled, found.memory.total)
 
 
 def on_gpu(cfg: RunConfig) -> bool:
@@ -91,8 +105,12 @@ def _notes(directory: Path) -> list[dict[str, Any]]:
     return list(content.get("notes", []))
 
 
-def memory_bytes(cfg: RunConfig) -> int:
+def free_bytes(cfg: RunConfig) -> int:
     """Bytes that are free for this run: on its GPU, or in the machine."""
     if on_gpu(cfg):
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if found:
+            return 1024 * int(found[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

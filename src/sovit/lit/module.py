@@ -7,14 +7,14 @@ and a run can go on under another number of processes or another micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -67,6 +67,8 @@ class LitClassifier(pl.LightningModule):
         self.trained: list[nn.Parameter] = []  # walking the modules costs 0.2 ms a step
         self._optimizer, self._prepare = optimizer, prepare
         self._base_lr: list[float] = []
+        self._backward: Callable[[Tensor], None] = self.manual_backward
+        self._sum: Callable[[bool], Any] = bool  # told before each backward pass whether its gradients are summed
 
     def configure_model(self) -> None:
         if self._prepare is not None:
@@ -85,30 +87,41 @@ class LitClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """One update from this process's images (B, channels, size, size) and their labels."""
-        images = batch[0]
-        step = self.trainer.global_step
+        optimizer: Any = self.optimizers()
+        return {"loss": self.update(*batch, self.trainer.global_step, optimizer, self._backward)}
+
+    def update(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+    ) -> Tensor:
+        """The loss of a batch, after the update of index ``step`` from it.
+
+        ``optimizer.step`` has to call ``on_before_optimizer_step`` once the gradients are unscaled, as Lightning's does.
+        """
         if self.noise_seed is not None:
             torch.manual_seed((self.noise_seed << 40) + (step << 16) + self.global_rank)
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        optimizer.zero_grad()
+        for parameter in self.trained:  # as zero_grad does, which at the tiniest shapes is 2 % of a step
+            parameter.grad = None
         images = images.to(self.trained[0].dtype)  # float64, which the trainer leaves to us
-        parts = list(
-            zip(*(tensor.split(self.micro_batch or len(images)) for tensor in (images, batch[1])), strict=True)
-        )
-        loss = torch.zeros((), device=images.device) if len(parts) > 1 else None
-        for number, (x, y) in enumerate(parts, start=1):
-            with self._summed_over_processes(number == len(parts)):
-                part = self.loss_of(x, y)
-                part = part / len(parts) if len(parts) > 1 else part
-                self.manual_backward(part)
+        size = self.micro_batch or len(images)
+        parts = list(zip(images.split(size), labels.split(size), strict=True)) if size < len(images) else []
+        loss = torch.zeros((), device=images.device) if parts else None
+        for number, (x, y) in enumerate(parts or [(images, labels)], start=1):
+            self._sum(number >= len(parts))  # over the processes, after the last backward pass only
+            part = self.loss_of(x, y)
+            part = part / len(parts) if parts else part
+            backward(part)
             loss = part.detach() if loss is None else loss + part.detach()
         scale = self.lr_scale(step)
         for group, base in zip(optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * scale
-        optimizer.step()  # calls on_before_optimizer_step once the gradients are unscaled
+        optimizer.step()
         assert loss is not None
-        return {"loss": loss}
+        return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.clip_norm is not None:
@@ -120,15 +133,17 @@ class LitClassifier(pl.LightningModule):
             return self.grad_norm
         return _whole(nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
 
-    @contextmanager
-    def _summed_over_processes(self, last: bool) -> Iterator[None]:
-        """Backward passes in here are summed over the processes only if they are the last of a step."""
-        wrapped = self.trainer.strategy.model
+    def on_fit_start(self) -> None:
+        strategy, wrapped = self.trainer.strategy, self.trainer.strategy.model
+        if (
+            isinstance(strategy, SingleDeviceStrategy)
+            and getattr(self.trainer.precision_plugin, "scaler", None) is None
+        ):
+            self._backward = Tensor.backward  # of Lightning's nothing but hooks would be left
         if isinstance(wrapped, DistributedDataParallel):
-            wrapped.require_backward_grad_sync = last
+            self._sum = functools.partial(setattr, wrapped, "require_backward_grad_sync")
         elif isinstance(self.model, torch.distributed.fsdp.FSDPModule):
-            self.model.set_requires_gradient_sync(last)
-        yield
+            self._sum = self.model.set_requires_gradient_sync
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def _shard(model: nn.Module, precision: str, size: int, ranks: Ranks) -> None:
         if precision == "bf16-mixed":
             norms_in_float32(block)
         fully_shard(block, mesh=mesh, mp_policy=low if precision == "bf16-mixed" else same)
-    fully_shard(model, mesh=mesh, mp_policy=same)
+    # Gathered weights must not outlive an evaluation, which is done with others: the average (Ema.in_place).
+    fully_shard(model, mesh=mesh, mp_policy=same, reshard_after_forward=True)
     model.to_empty(device=f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole, options=options)

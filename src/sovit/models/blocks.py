@@ -75,13 +75,14 @@ def norms_in_float32(block: nn.Module) -> None:
 
     Under autocast a GPU does so by itself; a CPU refuses float32 inputs with bfloat16 weights.
     """
+    module: Any
     for module in block.modules():
         if isinstance(module, nn.LayerNorm | nn.RMSNorm | RmsNorm):
-            module.__class__ = _in_float32(type(module))
+            module.__class__ = _in_float32(cast(Hashable, type(module)))
 
 
 @functools.cache
-def _in_float32(norm: type[nn.Module]) -> type[nn.Module]:
+def _in_float32(norm: Any) -> Any:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         weight = None if self.weight is None else self.weight.float()
         shape = tuple(self.normalized_shape)

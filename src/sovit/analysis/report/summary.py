@@ -266,7 +266,7 @@ def baselines(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, 
             if row["dataset"] == dataset and row["shots"] == shots
         ],
         "ridge on pixels": [
-            entry["pixels"][str(shots)] for entry in recorded if entry and str(shots) in entry.get("pixels", {})
+            entry["pixels"][str(shots)] for entry in recorded if entry and str(shots) in (entry.get("pixels") or {})
         ],
     }
     return {name: sum(errors) / len(errors) for name, errors in found.items() if errors}

@@ -92,10 +92,11 @@ def run_sweep(
         _add_retry(states, state, retry_diverged, retry_failed)
     received: list[int] = []
     if any(state.state in (WAITING, BUSY) for state in states):
+        slots = Slots(plan, visible_gpus() if plan.cells[0].accelerator == "gpu" else [])
         if sweep is not None:
             keep(sweep, home)
         with open_display(plan, states, metric) as display, collected(received):
-            runner = _Workers(plan, states, target, preload, display, lease)
+            runner = _Workers(plan, states, slots, target, preload, display, lease)
             runner.retry = lambda state: _add_retry(states, state, retry_diverged, retry_failed)
             runner.work(received)
     elif all(state.state == DONE for state in states):
@@ -149,16 +150,16 @@ class _Workers:
         self,
         plan: Plan,
         states: list[CellState],
+        slots: Slots,
         target: str,
         preload: Sequence[str],
         display: Display,
         lease: float = LEASE_S,
     ) -> None:
-        self.target, self.preload, self.display = target, list(preload), display
+        self.slots, self.target, self.preload, self.display = slots, target, list(preload), display
         self.queue: list[CellState] = []
         self.others = Others(lease)
         self.retry: Callable[[CellState], CellState | None] = lambda state: None
-        self.slots = Slots(plan, visible_gpus() if plan.cells[0].accelerator == "gpu" else [])
         self.running: dict[int, tuple[BaseProcess, CellState, tuple[str, ...]]] = {}  # by the process's sentinel
         self.grace_s = GRACE_S + max(cell.num_params for cell in plan.cells) * STATE_BYTES / DISK_BYTES_PER_S
         self.context = multiprocessing.get_context("forkserver")

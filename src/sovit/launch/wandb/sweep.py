@@ -23,6 +23,7 @@ import yaml
 
 from sovit import claims, records
 from sovit.launch.devices import visible_gpus
+from sovit.launch.local.slots import Slots
 from sovit.launch.plan import Plan
 from sovit.launch.signals import collected
 from sovit.launch.state import DONE, state_on_disk, summary
@@ -103,10 +104,11 @@ def run_agents(path: str, plan: Plan) -> int:
     """
     folder = plan.runs_dir.absolute() / plan.name
     (folder / AGENTS).mkdir(parents=True, exist_ok=True)
-    gpus = visible_gpus() if plan.cells[0].accelerator == "gpu" else []
+    slots = Slots(plan, visible_gpus() if plan.cells[0].accelerator == "gpu" else [])
+    most = max(cell.devices for cell in plan.cells)  # an agent may be handed any of them
     received: list[int] = []
     with collected(received):
-        agents = [_agent(path, folder, k, gpus[k % len(gpus)] if gpus else None) for k in range(plan.workers)]
+        agents = [_agent(path, folder, k, slots.take(most)) for k in range(plan.workers)]
         told = ""
         while any(agent.poll() is None for agent in agents) and not received:
             told = _tell(plan, told)
@@ -118,7 +120,7 @@ def run_agents(path: str, plan: Plan) -> int:
     return received[0] if received else 0
 
 
-def _agent(path: str, folder: Path, number: int, gpu: str | None) -> subprocess.Popen[bytes]:
+def _agent(path: str, folder: Path, number: int, gpus: Sequence[str]) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         # The agent starts `python`.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -126,7 +128,7 @@ def _agent(path: str, folder: Path, number: int, gpu: str | None) -> subprocess.
         "WANDB_AGENT_DISABLE_FLAPPING": "true",  # failed and diverged cells are results, not a reason to give up
         "WANDB_AGENT_MAX_INITIAL_FAILURES": str(10**9),
     }
-    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", path]
     with (folder / AGENTS / f"agent-{number}.log").open("ab") as log:
         return subprocess.Popen(
