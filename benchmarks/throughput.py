@@ -34,269 +34,43 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision import Precision
-from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3, dispatch_clip_grad
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from sovit import claims, memory, records
+from contestants import LARGE, LOG_EVERY, TINY, SameBatch, Timm, Update, batch_of, configuration
+from phases import Phases, measure_cell, measure_star, nothing, taken_apart
+from sovit import claims, records
 from sovit.config import RunConfig, model_geometry, shape_of
 from sovit.data.stream import StepSampler, make_loader
-from sovit.flops import train_gflops
+from sovit.flops import num_params, train_gflops
 from sovit.launch.pay.hardware import hardware
-from sovit.lit import callbacks, fit
+from sovit.lit import fit
 from sovit.lit.data import train_stream
 from sovit.lit.layout import Layout
-from sovit.lit.module import LitClassifier
+from sovit.lit.peak import datasheet
 from sovit.lit.ranks import Ranks
 from sovit.schedule import Segment
-from sovit.schema import DataConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, ScheduleConfig, TrainerConfig
 
-TINY = (
-    "32x4x128",
-    "16x4x128",
-    "256x4x128",
-    "32x1x128",
-    "32x16x128",
-    "32x4x16",
-    "32x4x512",
-)  # star_tiny's center and ends
-LARGE = {"So400m/14": 1, "g/14": 1, "B/16": 2, "L/16": 1, "S/16": 4}  # and the batch that a CPU takes
-MICRO_BATCH = {"S/16": 512, "B/16": 256, "L/16": 128, "So400m/14": 128, "g/14": 64}  # on a GPU
-DATASHEET = {"H200": 989.4e12, "H100": 989.4e12, "A100": 311.9e12}  # bf16 FLOP/s of the SXM cards, dense
-LEAST_TURNS, LOG_EVERY = 5, 50
-
-
-clock = time.perf_counter  # or of the processor, see --clock
+LEAST_TURNS = 5
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 class Enough(Exception):
     """All turns are taken."""
 
 
-@dataclass
-class Phases:
-    """Exclusive seconds of every phase, while ``on``."""
-
-    wait: Callable[[], None]
-    on: bool = False
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _stack: list[str] = field(default_factory=list)
-    _mark: float = 0.0
-
-    def turn(self, name: str | None) -> None:
-        """Enter a phase, or leave the innermost one."""
-        if not self.on:
-            return
-        self.wait()
-        now = clock()
-        self.seconds[self._stack[-1] if self._stack else "rest"] += now - self._mark
-        self._mark = now
-        if name is None:
-            self._stack.pop()
-        else:
-            self._stack.append(name)
-
-    def begin(self) -> None:
-        self.on, self._stack, self._mark = True, [], clock()
-
-    def end(self) -> None:
-        while self._stack:
-            self.turn(None)
-        self.seconds["rest"] += clock() - self._mark
-        self.on = False
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            depth = len(self._stack)
-            self.turn(name)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                while len(self._stack) > depth:  # fewer if a turn ended in here
-                    self.turn(None)
-
-        return timed
-
-
-PARTS: list[tuple[Any, str, str]] = [
-    (_BaseDataLoaderIter, "__next__", "data"),
-    (fit.TrainData, "on_after_batch_transfer", "data"),
-    (LitClassifier, "loss_of", "forward"),
-    (Tensor, "backward", "backward"),
-    (LitClassifier, "update", "glue"),
-    (LightningOptimizer, "step", "rest"),
-    (Precision, "_wrap_closure", "rest"),  # nested in AdamW.step
-    (torch.optim.Optimizer, "zero_grad", "optimiser"),
-    (torch.optim.AdamW, "step", "optimiser"),
-    (LitClassifier, "on_before_optimizer_step", "optimiser"),
-    (callbacks.Ema, "on_train_batch_end", "average"),
-    (callbacks.Watch, "on_train_batch_end", "records"),
-    (callbacks.Log, "on_train_batch_end", "records"),
-    (callbacks.Evaluate, "on_train_batch_end", "records"),
-    (callbacks.Resume, "on_train_batch_start", "records"),
-    (callbacks.Resume, "on_train_batch_end", "records"),
-]
-
-
-@contextlib.contextmanager
-def taken_apart(phases: Phases) -> Iterator[None]:
-    """The phases of a run are noted in here."""
-    with contextlib.ExitStack() as stack:
-        for owner, name, phase in PARTS:
-            stack.enter_context(patch.object(owner, name, phases.around(phase, getattr(owner, name))))
-        yield
-
-
-def configuration(shape: str, options: argparse.Namespace) -> RunConfig:
-    """The cell of a shape: the tiny star's recipe, or the same on 224 pixels with an attention pooling head."""
-    tiny, gpu = shape in TINY, options.device == "cuda"
-    batch = options.batch or (128 if tiny else MICRO_BATCH[shape] if gpu else LARGE[shape])
-    return RunConfig(
-        name="throughput",
-        shape=shape,
-        model=ModelConfig(
-            num_heads=4 if tiny else None,
-            patch_size=8 if tiny else None,
-            image_size=16 if tiny else 224,
-            channels=1 if tiny else 3,
-            pool="avg" if tiny else "map",
-            init="fan_in",
-        ),
-        data=DataConfig(num_classes=256 if tiny else 1000),
-        optim=OptimConfig(lr=1e-4, lr_rule="by_shape" if tiny else "constant", beta2=0.98, weight_decay=0.05),
-        schedule=ScheduleConfig(kind="constant"),
-        eval=EvalConfig(weights="ema"),
-        trainer=TrainerConfig(
-            accelerator="gpu" if gpu else "cpu",
-            precision=options.precision or ("bf16-mixed" if gpu else "32-true"),
-            num_threads=options.threads,
-            global_batch_size=batch,
-            log_every_n_steps=LOG_EVERY,
-            checkpoint_every_s=1e9,  # a resume point is written after minutes, not within a turn
-        ),
-        parallel=ParallelConfig(micro_batch=options.micro_batch or batch),
-    )
-
-
-class Timm:
-    """The loop of timm's training script on a model of the same shape."""
-
-    def __init__(self, cfg: RunConfig, compiled: bool, device: torch.device, *, fused: bool) -> None:
-        shape = shape_of(cfg)
-        self.model: nn.Module = VisionTransformer(
-            img_size=cfg.model.image_size,
-            patch_size=shape.patch_size,
-            in_chans=cfg.model.channels,
-            num_classes=cfg.data.num_classes,
-            global_pool=cfg.model.pool,  # type: ignore[arg-type]
-            embed_dim=shape.width,
-            depth=shape.depth,
-            num_heads=shape.num_heads,
-            mlp_ratio=(shape.mlp_dim + 0.5) / shape.width,
-            class_token=False,
-            fc_norm=False,
-            act_layer="gelu_tanh",
-        ).to(device)
-        optim = cfg.optim
-        extra = {"fused": True} if fused else {}
-        self.optimizer = create_optimizer_v2(
-            self.model, "adamw", lr=optim.lr, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2), **extra
-        )
-        self.ema = ModelEmaV3(self.model, decay=0.999)
-        self.clip_norm, self.micro = optim.clip_norm, cfg.parallel.micro_batch
-        if compiled:
-            self.model = torch.compile(self.model)  # type: ignore[assignment]
-        self.loss = nn.CrossEntropyLoss()
-        self.autocast = functools.partial(
-            torch.autocast, device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"
-        )
-
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        parts = list(zip(images.split(self.micro or len(images)), labels.split(self.micro or len(images)), strict=True))
-        for x, y in parts:
-            with self.autocast():
-                loss = self.loss(self.model(x), y)
-                if len(parts) > 1:
-                    loss = loss / len(parts)
-            loss.backward()
-        dispatch_clip_grad(self.model.parameters(), value=self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
-
-
-class Update:
-    """LitClassifier.update without a trainer."""
-
-    def __init__(self, cfg: RunConfig, layout: Layout, device: torch.device) -> None:
-        self.module = fit.build_module(cfg, Segment("trunk", 0, 10**9, 10**9, 0, ()), layout, Ranks())
-        self.module.to(device)
-        self.module.configure_model()
-        made = self.module.configure_optimizers()
-        inner = made.step
-
-        def step(closure: None = None) -> None:
-            self.module.on_before_optimizer_step(made)
-            inner()
-
-        made.step = step  # type: ignore[method-assign, assignment]
-        self.optimizer = made
-        self.autocast = functools.partial(
-            torch.autocast, device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"
-        )
-
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        with self.autocast(cache_enabled=False):  # as Lightning has it
-            return self.module.update(images, labels, 1, self.optimizer)
-
-
-class SameBatch(fit.TrainData):
-    """One batch for ever: on a GPU the images of fractals would not come fast enough from one process."""
-
-    def train_dataloader(self) -> Any:
-        batch = _batch(self.cfg)
-        return make_loader(_Same(batch), StepSampler(len(batch[0]), 0, self.total_steps), 0)
-
-
-class _Same(torch.utils.data.Dataset[Any]):
-    def __init__(self, batch: tuple[Tensor, Tensor]) -> None:
-        self.batch = batch
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.batch
-
-
-def _batch(cfg: RunConfig) -> tuple[Tensor, Tensor]:
-    num, model = cfg.trainer.global_batch_size, cfg.model
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randn(num, model.channels, model.image_size, model.image_size, generator=draw)
-    return images, torch.randint(cfg.data.num_classes, (num,), generator=draw)
-
-
 def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one shape; raises what torch raises if it does not fit."""
-    global clock
-    clock = time.process_time if options.clock == "processor" else time.perf_counter
     torch.set_num_threads(options.threads)
     cfg, device = configuration(shape, options), torch.device(options.device)
-    gpu = device.type == "cuda"
-    wait = torch.cuda.synchronize if gpu else _nothing
+    gpu, clock = device.type == "cuda", CLOCKS[options.clock]
+    wait: Callable[[], None] = torch.cuda.synchronize if gpu else nothing
     if not gpu:
         # Lightning has torch look for GPUs by opening NVIDIA's library, which torch's optimisers then do at every step.
         # timm's script does not load Lightning.
@@ -304,7 +78,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     compiled = gpu if options.compile is None else options.compile
     micro = cfg.parallel.micro_batch or cfg.trainer.global_batch_size
     layout = Layout(micro, cfg.trainer.global_batch_size // micro, "none", compiled)
-    images, labels = (tensor.to(device) for tensor in _batch(cfg))
+    images, labels = (tensor.to(device) for tensor in batch_of(cfg))
     held = torch.cuda.memory_allocated() if gpu else 0
     update = Update(cfg, layout, device)
     for _ in range(2):
@@ -313,26 +87,29 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     if gpu:
         held = torch.cuda.memory_allocated() - held
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    timms = {"timm": Timm(cfg, compiled, device, fused=False), "timm_fused": Timm(cfg, compiled, device, fused=True)}
+    tiny = shape in TINY and not gpu
+    timms = {"timm_fused": Timm(cfg, compiled, device, fused=True)}
+    if not gpu:  # there timm's default is as fast, and two of them would not fit
+        timms["timm"] = Timm(cfg, compiled, device, fused=False, averaged=tiny)
     loader = None
-    if not gpu and shape in TINY:  # timm's whole loop takes the same stream and averages too
+    if tiny:  # timm's whole loop takes the same stream and averages too
         sampler = StepSampler(len(images), 0, 10**9)
         loader = iter(make_loader(train_stream(cfg), sampler, 0))
 
     def timm_loop(step: int) -> None:
         assert loader is not None
         loss = timms["timm"].step(*next(loader))
-        timms["timm"].ema.update(timms["timm"].model, step=step)
+        timms["timm"].average(step)
         if step % LOG_EVERY == 0:
             loss.item()
 
-    size = 8192 if gpu else 1024 if shape in TINY else 2048
+    size = 8192 if gpu else 1024 if tiny else 2048
     dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     contestants: dict[str, Callable[[int], Any]] = {
-        **{name: (lambda step, timm=timm: timm.step(images, labels)) for name, timm in timms.items()},
-        "update": lambda step: update.step(images, labels),
+        **{name: functools.partial(_step_of, timm, images, labels) for name, timm in timms.items()},
+        "update": functools.partial(_step_of, update, images, labels),
         **({"timm_loop": timm_loop} if loader else {}),
         "peak": lambda step: torch.mm(a, b, out=out),
     }
@@ -341,11 +118,14 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         for step in range(3):
             run(step)
     wait()
-    began = clock()
-    update.step(images, labels)
-    wait()
-    block = max(1, math.ceil(options.block_s / max(1e-6, clock() - began)))
-    phases, steps = Phases(wait), 0
+    trials = []
+    for _ in range(5):
+        began = clock()
+        update.step(images, labels)
+        wait()
+        trials.append(clock() - began)
+    block = max(1, math.ceil(options.block_s / max(1e-6, min(trials))))
+    phases, steps = Phases(clock, wait), 0
     deadline = time.perf_counter() + options.seconds
     mark = 0.0
 
@@ -413,12 +193,12 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     return figures(cfg, took, phases.seconds, peak_bytes, block, compiled, size)
 
 
+def _step_of(contestant: Timm | Update, images: Tensor, labels: Tensor, step: int) -> Tensor:
+    return contestant.step(images, labels)
+
+
 def _no_evaluation(*_: Any) -> None:
     """What an evaluation takes of a cell is measured with its real durations, by --cell."""
-
-
-def _nothing() -> None:
-    """A CPU is never behind."""
 
 
 def figures(
@@ -442,7 +222,7 @@ def figures(
         return _middle([a / b for a, b in zip(took[one], took[other], strict=True)])
 
     whole = sum(phases.values())
-    sheet = _datasheet() if cfg.trainer.accelerator == "gpu" else None
+    sheet = datasheet(torch.device("cuda"), torch.bfloat16) if cfg.trainer.accelerator == "gpu" else None
     step = {name: 1000 * statistics.median(values) for name, values in took.items() if name != "peak"}
     return {
         "shape": cfg.shape,
@@ -472,11 +252,6 @@ def figures(
 def _middle(values: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * [values[0]]
     return {"median": middle, "low": low, "high": high}
-
-
-def _datasheet() -> float | None:
-    name = torch.cuda.get_device_name()
-    return next((flops for key, flops in DATASHEET.items() if key in name), None)
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
@@ -524,8 +299,7 @@ def _child(shape: str, options: argparse.Namespace, pipe: Any) -> None:
 def _too_large(shape: str, options: argparse.Namespace) -> str | None:
     """Why a shape cannot be measured here, by the memory estimate: four contestants have weights and optimiser state."""
     cfg = configuration(shape, options)
-    model = memory.Model(shape_of(cfg), **model_geometry(cfg))
-    weights = sum(memory.num_params(model.shape, **model_geometry(cfg)).values())
+    weights = sum(num_params(shape_of(cfg), **model_geometry(cfg)).values())
     need = weights * (3 * 16 + 3 * 4 + 16)
     if options.device == "cuda":
         return None
@@ -551,7 +325,16 @@ def main() -> None:
         "--limit", type=float, default=500, help="seconds after which no further shape is begun on a GPU"
     )
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--cell", nargs="+", metavar="KEY=VALUE", help="take a whole cell of star_tiny apart instead")
+    parser.add_argument("--star", nargs="+", metavar="SHAPE", help="take a star of these shapes apart, by short cells")
+    parser.add_argument("--weights", choices=("ema", "cooled"), default="ema", help="of --star")
     options = parser.parse_args()
+    if options.star:
+        print(json.dumps(measure_star(options.star, options.weights, CLOCKS[options.clock]), indent=1))
+        return
+    if options.cell:
+        print(json.dumps(measure_cell(options.cell, CLOCKS[options.clock]), indent=1))
+        return
     shapes = options.shapes.split(",") if options.shapes else [*LARGE, *TINY]
     context, found, began = multiprocessing.get_context("fork"), [], time.monotonic()
     for shape in shapes:

@@ -31,14 +31,15 @@ def deed_command(deed: str) -> tuple[str, ...]:
 
 def slow(seconds: float, overrides: list[str]) -> int:
     from sovit.lit import engine
+    from sovit.lit.module import LitClassifier
 
-    original = engine.LitClassifier.training_step
+    original = LitClassifier.training_step
 
     def step(*arguments: object) -> object:
         time.sleep(seconds)
         return original(*arguments)  # type: ignore[arg-type]
 
-    engine.LitClassifier.training_step = step  # type: ignore[assignment,method-assign]
+    LitClassifier.training_step = step  # type: ignore[assignment,method-assign]
     return engine.run_cell(overrides)
 
 

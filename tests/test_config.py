@@ -146,7 +146,11 @@ def test_every_experiment_composes_and_is_named_like_its_file(experiment: str) -
 @pytest.mark.parametrize("group", [g for g in config_groups() if g != "experiment"])
 def test_every_group_option_composes(group: str) -> None:
     for option in config_groups()[group]:
-        files = ["data.root=x", "data.num_classes=9", "model.channels=3"] if group == "data" and option != "fractals" else []
+        files = (
+            ["data.root=x", "data.num_classes=9", "model.channels=3"]
+            if group == "data" and option != "fractals"
+            else []
+        )
         needed = {"vit": ["model.image_size=224"], "vit22b": ["shape=22B/14"]}.get(option, [])
         compose([f"{group}={option}", *needed, *files])
 

@@ -133,6 +133,39 @@ def test_activations_are_what_a_forward_pass_leaves_behind_within_3_percent(
     assert kept == pytest.approx(expected, rel=0.03)
 
 
+class Peak(Made):
+    """The most bytes alive at once, apart from those of ``params``."""
+
+    def __init__(self, params: set[StorageWeakRef]) -> None:
+        super().__init__()
+        self.params, self.most = params, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.storages = {key: size for key, size in self.storages.items() if not key.expired()}
+        self.most = max(self.most, sum(size for key, size in self.storages.items() if key not in self.params))
+        return result
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, VIT22B], ids=["vit", "qk_norm", "vit22b"])
+def test_the_peak_of_a_whole_step_is_never_above_the_estimate_nor_far_below(options, checkpointing, precision):
+    model = Model(Shape(64, 4, 256, 4, 4), 16, num_classes=10, **options)
+    module = built(model)
+    checkpoint_blocks(module, checkpointing)
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    with Peak({StorageWeakRef(p.untyped_storage()) for p in module.parameters()}) as peak:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = torch.nn.functional.cross_entropy(module(images), labels)
+        loss.backward()
+    found = estimate(model, micro_batch=16, precision=precision, checkpointing=checkpointing, gpu=False)
+    expected = found.activations + found.working + found.logits + found.copies - images.nbytes
+    assert 0.65 * expected < peak.most <= expected
+
+
 @pytest.mark.parametrize("options", [{}, VIT22B], ids=["vit", "vit22b"])
 def test_checkpointing_really_keeps_less_the_more_is_computed_again(options):
     model = Model(Shape(64, 4, 256, 4, 4), 24, pool="avg", **options)

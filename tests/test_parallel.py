@@ -79,7 +79,9 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert mine[name].shape == tensor.shape
-        torch.testing.assert_close(mine[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
+        # A key's bias moves all logits of a softmax alike: its gradient is rounding, which AdamW divides by its 1e-8.
+        keys = name.endswith("qkv.bias") and not name.startswith("optimizer")
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-12, atol=1e-10 if keys else 1e-12, msg=name)
     keys = ("step", "duration", "dataset", "shots", "draw", "error")
     rows = [[{key: row[key] for key in keys} for row in records.read_lines(d / records.EVALS)] for d in (found, wanted)]
     assert rows[0] == rows[1]

@@ -31,9 +31,11 @@ def start(folder: Path, deed: str, devices: int = 2, gpus: list[str] | None = No
 
 
 def started(folder: Path, deed: str, devices: int = 2) -> subprocess.Popen[str]:
-    """`processes.start` in a process of its own."""
+    """`processes.start` in a process of its own, in a group of its own as in a terminal."""
     arguments = [sys.executable, fake_rank.__file__, "start", str(devices), str(folder), deed]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     assert wait_until(lambda: len(fake_rank.starts(folder)) == devices)
     return process
 
@@ -77,14 +79,19 @@ def test_a_process_that_fails_ends_the_others_which_wait_for_it(
 def test_nothing_is_left_when_the_starter_is_killed(tmp_path: Path) -> None:
     process = started(tmp_path, "stubborn", devices=3)
     process.kill()
-    process.communicate()
-    assert wait_until(lambda: not any(map(alive, pids(tmp_path))), seconds=10)
+    process.wait()
+    try:
+        assert wait_until(lambda: not any(map(alive, pids(tmp_path))), seconds=10)
+    finally:
+        for pid in filter(alive, pids(tmp_path)):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()  # the pipe is theirs too
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_every_process_once(tmp_path: Path, number: int) -> None:
     process = started(tmp_path, "stop")
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # Ctrl-C goes to the foreground group; a second one would end a process at once
     process.communicate(timeout=30)
     assert process.returncode == 75
     assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint0", "checkpoint1"]

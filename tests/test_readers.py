@@ -206,6 +206,14 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypat
     assert len(open_images("webdataset", str(tmp_path / "set"))) == 2
 
 
+def test_reading_a_shard_moves_no_position_that_forked_workers_share(made: dict[str, Path]) -> None:
+    images = open_images("webdataset", str(made["webdataset"]), "train")
+    first = images.read(0)
+    assert images.read(5) != first == images.read(0)
+    path = shards.shard_paths(str(made["webdataset"]), "train")[0]
+    assert os.lseek(shards._opened(path).handle, 0, os.SEEK_CUR) == 0
+
+
 def test_a_pattern_names_shards(tmp_path: Path) -> None:
     for k in range(12):
         write(tmp_path / f"train-{k:04d}.tar")
@@ -417,6 +425,13 @@ def test_a_folder_with_a_train_and_a_test_part_is_a_few_shot_set(kind: str, made
         assert isinstance(images, torch.Tensor) and images.dtype == torch.float32
         assert images.shape == (len(labels), 3, cfg.model.image_size, cfg.model.image_size)
         assert images.min() >= -1 and images.max() <= 1 and images.std() > 0.1
+
+
+def test_a_folder_spelt_in_two_ways_is_one_folder(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its unusable files would be counted and named twice."""
+    monkeypatch.chdir(made["imagefolder"].parent)
+    cfg = compose([*configured("imagefolder", Path("imagefolder")), "eval.datasets=[./imagefolder]"])
+    assert fewshot_images(cfg.eval.datasets[0])[0] is train_images(cfg)
 
 
 def test_the_parts_of_a_few_shot_set_are_named_when_missing(tmp_path: Path) -> None:

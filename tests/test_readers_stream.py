@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +116,8 @@ def test_shards_that_are_shuffled_together_are_read_together() -> None:
     for begin in range(0, 240, 30):
         assert len(set(shards[begin : begin + 30])) == 3
     assert len({tuple(sorted(set(shards[begin : begin + 30]))) for begin in range(0, 240, 30)}) > 4
+    firsts = Order([10] * 3, seed=0, group=3)(30 * np.arange(40)) % 10
+    assert len(set(firsts.tolist())) > 5, "every epoch begins at the same place within a shard"
     inside = order(np.arange(30))
     assert np.abs(np.diff(inside // 10)).sum() > 5, "the shards of a group follow one after another, not shuffled"
 
@@ -193,6 +197,16 @@ def test_reading_leaves_the_generators_of_the_training_alone(source: Held) -> No
     for workers in (0, 2):
         list(map(lambda batch: finish(batch, 4), loaded(stream, 4, 0, 3, workers)))
     assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
+
+
+def test_workers_leave_signals_to_the_process_that_trains(source: Held) -> None:
+    """Slurm signals every process of a step: a worker that died of it would turn a run to be resumed into a failed one."""
+    loader = make_loader(ImageStream(source, TrainView(8), seed=0), StepSampler(4, 0, 30), 1)
+    batches = iter(loader)
+    next(batches)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(batches._workers[0].pid, number)
+    assert len(list(batches)) == 29
 
 
 @pytest.mark.parametrize("workers", [0, 1])

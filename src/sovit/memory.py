@@ -135,7 +135,8 @@ def estimate(
         averaged=held * stored if ema else 0,
         copies=_copies(model, kind, stored, computed),
         activations=micro_batch * (in_blocks + _kept_outside(model, stored, computed, gpu)),
-        working=micro_batch * model.tokens * (_temporary(model, stored, computed) + _again(kept, checkpointing)),
+        working=micro_batch * model.tokens * (_temporary(model, stored, computed) + kept["none"] - kept[checkpointing])
+        + max(map(math.prod, tensors)) * (stored + computed),  # a gradient before it is added, and before it is cast
         logits=micro_batch * model.num_classes * (computed + 20),  # targets, log-probabilities, losses, gradients
         features=fewshot_images * model.shape.width * 4,
     )
@@ -330,15 +331,10 @@ def _kept_outside(model: Model, stored: int, computed: int, gpu: bool) -> int:
 
 
 def _temporary(model: Model, stored: int, computed: int) -> int:
-    """Bytes a token of the gradients that are alive at once in the backward pass of a block."""
+    """Bytes a token of the gradients alive at once in the backward pass of a block, beyond what is freed by then."""
     width, mlp_dim = model.shape.width, model.shape.mlp_dim
-    if model.block == "parallel":
-        return computed * (3 * mlp_dim + 5 * width) + 2 * stored * width
-    return computed * max(2 * mlp_dim + width, 7 * width) + 2 * stored * width
-
-
-def _again(kept: dict[str, int], checkpointing: str) -> int:
-    return 0 if checkpointing == "none" else kept["none"] - kept["full"]
+    hidden = 2 * stored * mlp_dim if model.block == "parallel" else computed * mlp_dim
+    return hidden + (3 * computed + 2 * stored) * width
 
 
 def _too_large(model: Model, least: Layout, device_bytes: float, fraction: float, training: dict[str, Any]) -> str:

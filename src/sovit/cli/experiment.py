@@ -23,8 +23,13 @@ PUBLISHED = {
     "num_classes": 0,
     "patch_size": 14,
     "pos_embed": "learned",
+    "block": "serial",
+    "qk_norm": False,
+    "qkv_bias": True,
+    "norm": "layernorm",
 }
 NUM_HEADS = 16  # at every width of the published sweeps
+_OF_MODEL = tuple(key for key in PUBLISHED if key not in ("num_classes", "patch_size"))
 _GROUPS = ("model", "data", "optim", "schedule", "trainer")
 _PUBLISHED = {"model": "vit", "optim": "adafactor", "schedule": "rsqrt", "trainer": "gpu"}
 _PUBLISHED_EVAL = {"l2_reg": 1024.0, "weights": "cooled"}
@@ -61,9 +66,7 @@ def place(changed: Mapping[str, Any], folders: Mapping[str, Path], fits: Mapping
             if not settings.get("model") or run.get("status") != records.DONE:
                 continue
             model = settings["model"]
-            here = PUBLISHED | {
-                key: model[key] for key in ("image_size", "channels", "pool", "pos_embed") if key in model
-            }
+            here = PUBLISHED | {key: model[key] for key in _OF_MODEL if key in model}
             here |= {"num_classes": settings.get("data", {}).get("num_classes", 0), "patch_size": run["patch_size"]}
             found.setdefault(json.dumps(here, sort_keys=True), here | {"where": folder})
             heads.add(run["num_heads"])
@@ -71,7 +74,7 @@ def place(changed: Mapping[str, Any], folders: Mapping[str, Path], fits: Mapping
     if "joint" in fits:
         own = dict(fits["joint"]["geometry"])
         heads.add(own.pop("num_heads"))
-        here = own | {"pos_embed": next(iter(found.values()))["pos_embed"] if found else "learned"}
+        here = own | {key: (next(iter(found.values()), PUBLISHED))[key] for key in PUBLISHED if key not in own}
         found.setdefault(json.dumps(here, sort_keys=True), here | {"where": folders["joint"]})
     geometries = list(found.values())
     if len(geometries) > 1:
@@ -136,7 +139,7 @@ def text(
     target_gflops: float,
     recipe: Mapping[str, Any] | None,
 ) -> str:
-    """The YAML of an experiment. ``geometry``: image_size, channels, pool, num_classes, pos_embed."""
+    """The YAML of an experiment. ``geometry``: keys of PUBLISHED."""
     import yaml
 
     from sovit.analysis.report.words import visible
@@ -157,7 +160,7 @@ def text(
         if option != usual[group]:
             overrides.append({f"override /{group}": option})
         if group == "model":
-            keys = {key: geometry[key] for key in ("image_size", "channels", "pool", "pos_embed") if key in geometry}
+            keys = {key: geometry[key] for key in _OF_MODEL if key in geometry}
             keys |= {"num_heads": shape.num_heads, "head_dim": None, "patch_size": shape.patch_size}
             changed = _differing(changed | keys, options[option])
         if group == "data" and geometry.get("num_classes"):  # 0: no classifier was counted, but training has one

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sovit import records
-from sovit.config import ConfigError, RunConfig, compose, eval_steps, model_geometry, shape_of
+from sovit.config import ConfigError, RunConfig, compose, eval_steps, model_geometry, model_options, shape_of
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.devices import cores, visible_gpus
 from sovit.launch.processes import devices_of
@@ -250,7 +250,7 @@ def _cell(overrides: list[str], cfg: RunConfig, accelerator: str) -> Cell:
         config_hash=records.config_hash(cfg),
         shape=shape,
         seed=cfg.seed,
-        num_params=sum(num_params(shape, **geometry, pos_embed=cfg.model.pos_embed).values()),
+        num_params=sum(num_params(shape, **geometry, **model_options(cfg)).values()),
         forward_gflops=gflops,
         evaluations=evaluations,
         steps=steps,

@@ -133,8 +133,11 @@ def data_fingerprint(cfg: RunConfig) -> str:
     return fingerprint(world_of(cfg)) if cfg.data.name == "fractals" else sources[0].fingerprint
 
 
-def fewshot_sets(cfg: RunConfig) -> list[FewShotSet]:
-    """The targets of ``eval.datasets``, at the model's image size and number of channels. Raises ConfigError."""
+def fewshot_sets(cfg: RunConfig, rank: int = 0) -> list[FewShotSet]:
+    """The targets of ``eval.datasets``, at the model's image size and number of channels. Raises ConfigError.
+
+    ``rank``: the process that notes what it cannot read.
+    """
     size, channels = cfg.model.image_size, cfg.model.channels
     threads = max(1, min(cfg.data.num_workers, os.cpu_count() or 1))
 
@@ -143,7 +146,7 @@ def fewshot_sets(cfg: RunConfig) -> list[FewShotSet]:
             return fractal_fewshot(world_of(cfg), channels)
         if dataset == "digits":
             return digits_fewshot(size, channels)
-        bad = bad_files(cfg)
+        bad = bad_files(cfg, rank)
         train, test = fewshot_images(dataset)
         view, name = TestView(size, channels), fewshot_name(dataset)
         return _checked(fewshot_set, name, train, test, view, shots=cfg.eval.shots, threads=threads, note=bad.note)
@@ -205,7 +208,8 @@ def _bad_files(directory: Path, there: bool, rank: int) -> BadFiles:
 
 
 def _listed(kind: str, root: str, *rest: str | None) -> Images:
-    return _checked(open_images, kind, root, *rest)
+    rest = (*rest, None, None, None, None)[:4]  # a listing is kept under all of its arguments
+    return _checked(open_images, kind, os.path.normpath(Path(root).expanduser()), *rest)
 
 
 def _checked(function: Callable[..., T], *arguments: Any, **options: Any) -> T:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sovit import records
-from sovit.config import RunConfig, model_geometry, shape_of
+from sovit.config import RunConfig, model_geometry, model_options, shape_of
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.pay.hardware import hardware
 from sovit.lit.data import data_fingerprint
@@ -30,7 +30,7 @@ def new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[s
         "reason": None,
         **shape.as_dict(),
         "seed": cfg.seed,
-        "num_params": sum(num_params(shape, **model_geometry(cfg), pos_embed=cfg.model.pos_embed).values()),
+        "num_params": sum(num_params(shape, **model_geometry(cfg), **model_options(cfg)).values()),
         "forward_gflops": forward_gflops(shape, **model_geometry(cfg)),
         "config_hash": records.config_hash(cfg),
         "code_version": records.code_version(),

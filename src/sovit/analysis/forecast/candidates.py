@@ -38,6 +38,8 @@ TINY_STEPS, TINY_HEAD_DIMS = (8, 16, 32), (4, 8, 16, 32)
 NUM_HEADS = 16  # at every width of the published sweeps
 Regret = Callable[[Sequence[float]], float]
 
+OPTIONS = ("pos_embed", "block", "qk_norm", "qkv_bias", "norm")  # of the model: they change its parameters, not its FLOPs
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -119,7 +121,7 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """The rule's rounding, then the others by regret (or by distance).
 
-    ``geometry``: image_size, channels, pool, num_classes, patch_size and pos_embed; ``target``: T in GFLOPs.
+    ``geometry``: image_size, channels, pool, num_classes, patch_size, and any of OPTIONS; ``target``: T in GFLOPs.
     """
     score = regret or (lambda shape: _distance(shape, optimum))
     first = Dimensions(
@@ -169,13 +171,14 @@ def _candidate(
     heads = tuple(_heads(shape.width, how, label))
     built = Shape(*shape, heads[0][0], geometry["patch_size"])
     cost = {name: geometry[name] for name in ("image_size", "channels", "pool", "num_classes")}
+    options = {name: geometry[name] for name in OPTIONS if name in geometry}
     gflops = forward_gflops(built, **cost)
     off = tuple(here / there - 1 for here, there in zip(shape, optimum, strict=True))
     return Candidate(
         *shape,
         label=label,
         heads=heads,
-        num_params=sum(num_params(built, **cost, pos_embed=geometry.get("pos_embed", "learned")).values()),
+        num_params=sum(num_params(built, **cost, **options).values()),
         forward_gflops=gflops,
         images=target / gflops if target else None,
         regret=regret(shape) if regret else None,
