@@ -7,17 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_cells import run_ranks
-from test_parallel import assert_same_run, state
 
+from rank_cells import run_ranks
 from sovit import records
 from sovit.data.generate import main as generate
+from test_parallel import assert_same_run, state
 
 CELL = [
     *("shape=16x2x32", "name=t", "logger=none", "data=imagefolder", "data.num_classes=4", "data.mixup=0.3"),
     *("data.randaugment_ops=1", "model.channels=3", "eval.datasets=[fractals]", "data.num_heldout=4", "eval.shots=[1]"),
     *("durations.values=[7 steps,14 steps]", "durations.first=null", "durations.last=null", "durations.num=null"),
-    *("eval.num_draws=1", "trainer.global_batch_size=16", "trainer.log_every_n_steps=1", "trainer.keep_checkpoint=true"),
+    *(
+        "eval.num_draws=1",
+        "trainer.global_batch_size=16",
+        "trainer.log_every_n_steps=1",
+        "trainer.keep_checkpoint=true",
+    ),
     "schedule.warmup_steps=1",
 ]
 
@@ -93,9 +98,7 @@ def test_a_killed_run_with_workers_goes_on_with_the_images_it_would_have_seen(
     assert_same_bytes(directory(tmp_path / "runs"), undisturbed)
 
 
-def test_another_number_of_processes_takes_the_same_global_batches(
-    images: Path, tmp_path: Path
-) -> None:
+def test_another_number_of_processes_takes_the_same_global_batches(images: Path, tmp_path: Path) -> None:
     """In float64: begun by two processes with a worker each, ended by four, against one without workers."""
     exact = "trainer.precision=64-true"
     log = tmp_path / "log"

@@ -11,7 +11,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "sovit"
 
 # Floors from the ground up; a module may import from its own floor and from those below.
 FLOORS = [
-    ["sovit", "sovit.strict", "sovit.overrides", "sovit.shape", "sovit.flops", "sovit.memory", "sovit.duration", "sovit.schedule"],
+    [
+        "sovit",
+        "sovit.strict",
+        "sovit.overrides",
+        "sovit.shape",
+        "sovit.flops",
+        "sovit.memory",
+        "sovit.duration",
+        "sovit.schedule",
+    ],
     ["sovit.schema", "sovit.config", "sovit.records", "sovit.claims"],
     ["sovit.analysis"],
     ["sovit.launch"],
@@ -19,7 +28,15 @@ FLOORS = [
     ["sovit.lit"],
     ["sovit.launch.preload", "sovit.train", "sovit.cli"],
 ]
-NO_TORCH = ["sovit.memory", "sovit.analysis", "sovit.launch", "sovit.config", "sovit.records", "sovit.cli", "sovit.train"]
+NO_TORCH = [
+    "sovit.memory",
+    "sovit.analysis",
+    "sovit.launch",
+    "sovit.config",
+    "sovit.records",
+    "sovit.cli",
+    "sovit.train",
+]
 HEAVY_MODULES = ["sovit.launch.preload", "sovit.analysis.kernel"]  # imported by the fork server, by the first fit
 HEAVY = ("torch", "timm", "lightning", "wandb", "sklearn", "numba")
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from rank_cells import run_ranks
-from test_parallel import CELL, DURATIONS
 
+from rank_cells import run_ranks
 from sovit import records
+from test_parallel import CELL, DURATIONS
 
 
 def train(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> "subprocess.CompletedProcess[str]":
@@ -45,7 +45,10 @@ def test_torchrun_starts_the_processes_of_a_cell(tmp_path: Path) -> None:
         (["parallel=single", "parallel.devices=2"], "write parallel=ddp or parallel=fsdp"),
         (["parallel=ddp", "parallel.devices=2", "parallel.shard=2"], "has no effect on parallel.kind=ddp"),
         (["parallel=fsdp", "parallel.devices=4", "parallel.shard=3"], "does not divide the 4 processes"),
-        (["parallel=ddp", "parallel.devices=2", "parallel.micro_batch=3"], "parallel.micro_batch=3 does not divide the 8"),
+        (
+            ["parallel=ddp", "parallel.devices=2", "parallel.micro_batch=3"],
+            "parallel.micro_batch=3 does not divide the 8",
+        ),
         (["parallel=ddp", "parallel.devices=2", "parallel.nodes=2"], "torchrun --nnodes 2"),
         (["parallel=tp"], "tp"),
         (["parallel.checkpointing=some"], "parallel.checkpointing=some is not a choice"),
@@ -89,5 +92,6 @@ def test_a_model_that_fits_nowhere_says_what_would_hold_it(
 def test_another_launcher_than_the_one_asked_for_is_refused(tmp_path: Path) -> None:
     """As torchrun started two processes and parallel.devices says four: half of the batch would be lost in silence."""
     cell = [*CELL, DURATIONS, f"runs_dir={tmp_path / 'runs'}", "parallel=ddp", "parallel.devices=4"]
-    codes = run_ranks(cell, 2, tmp_path / "log")
-    assert 0 not in codes and "parallel.devices=4 makes 4 processes, but torchrun started 2" in (tmp_path / "log").read_text()
+    log = tmp_path / "log"
+    assert 0 not in run_ranks(cell, 2, log)
+    assert "parallel.devices=4 makes 4 processes, but torchrun started 2" in log.read_text()

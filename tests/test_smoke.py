@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from sovit import records
-from sovit.config import REPOSITORY, compose, model_geometry, shape_of
+from sovit.config import REPOSITORY, compose, model_geometry, model_options, shape_of
 from sovit.flops import num_params
 from sovit.launch.sweep import load_sweep
 from sovit.lit import engine
+from sovit.lit.fit import build_model
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ def test_every_cell_of_every_sweep_builds_on_the_meta_device(file: Path) -> None
         with torch.device("meta"):
             model = build_model(cfg)
         built = sum(parameter.numel() for parameter in model.parameters())
-        assert built == sum(num_params(shape_of(cfg), **model_geometry(cfg)).values())
+        assert built == sum(num_params(shape_of(cfg), **model_geometry(cfg), **model_options(cfg)).values())
 
 
 def sovit(*arguments: str) -> "subprocess.Popen[str]":

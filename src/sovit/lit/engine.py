@@ -28,9 +28,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sovit import claims, records, schedule
 from sovit.config import ConfigError, RunConfig, compose, eval_steps
+from sovit.data.images import Unreadable
 from sovit.launch import processes
 from sovit.lit import checkpoints, layout, sharded
 from sovit.lit.callbacks import Diverged, Stopped
+from sovit.lit.data import data_fingerprint
 from sovit.lit.evaluation import Evaluation
 from sovit.lit.fit import Work, fit
 from sovit.lit.loggers import finish, make_loggers
@@ -143,6 +145,8 @@ def _run_held(
         found["diverged_step"] = error.step
     except (checkpoints.Unusable, sharded.Damaged) as error:  # since this process began; the next one goes back further
         code, reason = STOPPED, f"a resume point is unusable: {error}"
+    except Unreadable as error:  # a disk that went away
+        code, reason = STOPPED, str(error)
     except torch.OutOfMemoryError:
         code, reason = _smaller(work)
     except claims.Lost:
@@ -174,6 +178,11 @@ def _begin(
             print(f"{directory.name} is done already.")
             return _Beginning(over=True)
         print(f"{directory.name} was done, but {broken}; it is trained again.")
+    known = before.get("data_fingerprint")
+    if known and known != data_fingerprint(cfg):
+        raise ConfigError(
+            f"the images have changed since {directory.name} began; put them back, or choose another name or tag."
+        )
     claim.check()
     point, state = checkpoints.begin(directory, plan, records.config_hash(cfg))
     growing = records.GrowingFiles(directory, state.get("marks"), claim.check)

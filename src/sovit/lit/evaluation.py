@@ -21,6 +21,7 @@ from sovit.lit.ranks import Ranks
 from sovit.models.vit import features
 
 EVAL_BATCH = 1024
+EVAL_BYTES = 2**28  # of a batch of images that are made when they are asked for
 
 
 class Evaluation:
@@ -36,7 +37,7 @@ class Evaluation:
     ) -> None:
         self.cfg, self.growing, self.loggers, self.ranks = cfg, growing, loggers, ranks
         self.durations = {0: "init", **eval_steps(cfg)}
-        self.targets = fewshot_sets(cfg)
+        self.targets = fewshot_sets(cfg, ranks.rank)
         shape = shape_of(cfg)
         self.gflops = forward_gflops(shape, **model_geometry(cfg))
         self.fields = {
@@ -117,10 +118,13 @@ def extract(model: torch.nn.Module, images: torch.Tensor | Slices, ranks: Ranks 
     ranks = ranks or Ranks()
     weights = next(model.parameters())
     mine, most = ranks.share(len(images)), -(-len(images) // ranks.world)
+    size = EVAL_BATCH
+    if not isinstance(images, torch.Tensor):
+        size = min(EVAL_BATCH, max(16, EVAL_BYTES // (4 * images[:1].numel())))
     parts = []
-    for start in range(mine.start, mine.start + most, EVAL_BATCH):
-        batch = images[start : min(start + EVAL_BATCH, mine.stop)] if start < mine.stop else images[:0]
-        num = min(EVAL_BATCH, mine.start + most - start)
+    for start in range(mine.start, mine.start + most, size):
+        batch = images[start : min(start + size, mine.stop)] if start < mine.stop else images[:0]
+        num = min(size, mine.start + most - start)
         if len(batch) < num:  # a sharded model is computed by all processes together
             batch = torch.cat([batch, batch.new_zeros(num - len(batch), *batch.shape[1:])])
         parts.append(features(model, batch.to(weights.device, weights.dtype)).float().cpu())  # type: ignore[arg-type]

@@ -38,7 +38,13 @@ TINY_STEPS, TINY_HEAD_DIMS = (8, 16, 32), (4, 8, 16, 32)
 NUM_HEADS = 16  # at every width of the published sweeps
 Regret = Callable[[Sequence[float]], float]
 
-OPTIONS = ("pos_embed", "block", "qk_norm", "qkv_bias", "norm")  # of the model: they change its parameters, not its FLOPs
+OPTIONS = (
+    "pos_embed",
+    "block",
+    "qk_norm",
+    "qkv_bias",
+    "norm",
+)  # of the model: they change its parameters, not its FLOPs
 
 
 @dataclass(frozen=True)
