@@ -102,7 +102,7 @@ def arm(moment: str, count: int, die: Callable[[], None]) -> None:
     """Patch this process so that it dies the ``count``-th time it comes to a moment."""
     import torch
 
-    from sovit.lit import engine, evaluation
+    from sovit.lit import evaluation, module
 
     left = [count]
 
@@ -157,9 +157,9 @@ def arm(moment: str, count: int, die: Callable[[], None]) -> None:
 
     save, append = torch.save, records.GrowingFiles.append
     if moment == "before the first step":
-        before(engine.LitClassifier, "training_step")
+        before(module.LitClassifier, "training_step")
     elif moment == "in a step":
-        before(engine.LitClassifier, "configure_gradient_clipping")
+        before(module.LitClassifier, "on_before_optimizer_step")
     elif moment == "in an evaluation":
         before(evaluation, "extract")
     elif moment == "between two halves of a row":

@@ -171,6 +171,12 @@ def copied_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "conf"
 
 
+# What a file leaves to be said beside it.
+NEEDS = {
+    "vit": ["model.image_size=224"],
+    "vit22b": ["model.image_size=224", "shape=256x1x256"],
+    **{name: ["data.root=pictures", "data.num_classes=8"] for name in ("imagefolder", "webdataset", "hf")},
+}
 CONF_FILES = sorted(
     path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml") if path.parts[len(CONF_DIR.parts)] != "launcher"
 )
@@ -192,7 +198,7 @@ def test_no_misspelt_key_passes_in_a_file_of_conf(
         assert str(file) in said or above == "defaults", said
         count += 1
     file.write_text(text)
-    assert compose([f"{group}={name.stem}", *(["model.image_size=224"] if name.stem == "vit" else [])] if group else [])
+    assert compose([f"{group}={name.stem}", *NEEDS.get(name.stem, [])] if group else [])
     print(f"{count} misspelt keys refused in conf/{name}")
     assert count >= 4 * len(list(keys_in(yaml.compose(text, Loader=yaml.SafeLoader)))) - 2
 

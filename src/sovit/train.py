@@ -3,7 +3,8 @@
 Hydra composes ``conf/``; ``--cfg job`` and ``--help`` work without importing torch. ``--rerun RUN_JSON runs_dir=DIR``
 trains the cell of a record again: its configuration alone decides, ``conf/`` is not read. Exit codes: 0 done, 1 failed,
 2 configuration, 3 diverged, 75 stopped by a signal (the same command goes on from there), 76 another process runs it,
-77 out of device memory (the same command goes on with a smaller micro-batch).
+77 out of device memory (the same command goes on with a smaller micro-batch), 78 its port was taken; 128 + n: one of
+its processes was killed by signal n.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sovit.config import CONF_DIR, ConfigError, RunConfig, check_overrides, compose
-from sovit.launch.processes import follow_parent
+from sovit.launch import processes
 from sovit.strict import nearest
 
 RERUN = "--rerun"
@@ -25,7 +26,7 @@ _WITH_WORD = {"--cfg": ("job",), "-c": ("job",)}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cell that the arguments describe, or show what they ask for; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    follow_parent()
+    processes.follow_parent()
     try:
         if RERUN in arguments:
             cfg = _recorded(arguments)
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cfg = compose(overrides)
             if len(overrides) < len(arguments):
                 return _show(arguments)
+        if devices := processes.wanted(cfg):
+            return processes.start(arguments, devices=devices)
         from sovit.lit.engine import run  # torch, Lightning and timm load here
 
         return run(cfg, arguments)

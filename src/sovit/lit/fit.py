@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 
 from sovit import records, schedule
@@ -96,6 +96,7 @@ def fit(
         warnings.filterwarnings("ignore", ".*You're resuming from a checkpoint that ended before the epoch ended.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
         warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # a machine with Slurm, not used here
+        environment = TorchElasticEnvironment() if ranks.world > 1 else LightningEnvironment()
         trainer = pl.Trainer(
             accelerator=cfg.trainer.accelerator,
             devices=ranks.local_world,
@@ -108,7 +109,7 @@ def fit(
             callbacks=callbacks,
             logger=work.loggers or False,
             # Who is who is settled. A Slurm that Lightning detects would be asked again, and requeued behind our back.
-            plugins=[checkpoints.CheckpointFiles(work.check), LightningEnvironment()],
+            plugins=[checkpoints.CheckpointFiles(work.check), environment],
             default_root_dir=work.directory,
             enable_checkpointing=False,
             enable_progress_bar=False,

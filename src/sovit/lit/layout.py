@@ -41,6 +41,11 @@ def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
         raise ConfigError(
             f"trainer.global_batch_size={batch} does not divide among {ranks.world} processes; start another number of them."
         )
+    if on_gpu(cfg) and torch.cuda.device_count() < ranks.local_world:
+        raise ConfigError(
+            f"{ranks.local_world} processes on this node, but each of them sees {torch.cuda.device_count()} GPU: start srun "
+            "with --gpus-per-node, not --gpus-per-task."
+        )
     fsdp = parallel.kind == "fsdp"
     model = memory.Model(shape_of(cfg), **model_geometry(cfg), **model_options(cfg))
     try:
