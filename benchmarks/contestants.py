@@ -128,15 +128,7 @@ class Update:
         self.module = fit.build_module(cfg, Segment("trunk", 0, 10**9, 10**9, 0, ()), layout, Ranks())
         self.module.to(device)
         self.module.configure_model()
-        made = self.module.configure_optimizers()
-        inner = made.step
-
-        def step(closure: None = None) -> None:
-            self.module.on_before_optimizer_step(made)
-            inner()
-
-        made.step = step  # type: ignore[method-assign, assignment]
-        self.optimizer = made
+        self.optimizer = self.module.configure_optimizers()
         self.autocast = functools.partial(
             torch.autocast, device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"
         )

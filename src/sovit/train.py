@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sovit.config import CONF_DIR, ConfigError, RunConfig, check_overrides, compose
 from sovit.launch import processes
+from sovit.records import run_id
 from sovit.strict import nearest
 
 RERUN = "--rerun"
@@ -41,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if devices := processes.wanted(cfg):
             return processes.start(arguments, devices=devices)
         from sovit.lit.engine import run  # torch, Lightning and timm load here
+        from sovit.lit.progress import shown
 
-        return run(cfg, arguments)
+        with shown(run_id(cfg)):
+            return run(cfg, arguments)
     except ConfigError as error:
         print(f"sovit.train: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -126,6 +127,7 @@ def _train(file: Path, out: Path, again: Path) -> int:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes to this process alone, which passes on SIGTERM
+            env={**os.environ, "SOVIT_QUIET": "1"},  # no progress in the log, whose last line is read
         )
     handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     begun = time.monotonic()

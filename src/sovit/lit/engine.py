@@ -39,6 +39,8 @@ from sovit.lit.loggers import finish, make_loggers
 from sovit.lit.ranks import PortTaken, Ranks, joined
 from sovit.lit.record import new_record
 
+BASELINES = ".baselines.json"  # of a sweep
+
 # Exit codes of a cell.
 OK, ERROR, DIVERGED, STOPPED, LOCKED, OUT_OF_MEMORY, PORT_TAKEN = 0, 1, 3, 75, 76, 77, 78
 
@@ -303,7 +305,7 @@ def _train(work: Work, point: checkpoints.ResumePoint | None, stop_requested: Ca
         raise checkpoints.Unusable(f"{foreign}; the same command repeats what is wrong")
     rate = trained * cfg.trainer.global_batch_size / seconds if seconds else None
     return {
-        "baselines": evaluation.baselines(),
+        "baselines": evaluation.baselines(work.directory.parent / BASELINES),
         "steps_trained": schedule.steps_trained(plan),
         "images_per_s": round(rate, 1) if rate else (records.read_progress(work.directory) or {}).get("images_per_s"),
         **records.seal(work.directory),

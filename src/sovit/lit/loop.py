@@ -29,6 +29,10 @@ class StepLoop(_TrainingEpochLoop):
             # Lightning has torch ask NVIDIA's library for GPUs, opened each time, and Adam asks at every step.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
+    @property
+    def global_step(self) -> int:
+        return self.manual_optimization.optim_step_progress.total.completed
+
     def advance(self, data_fetcher: Any) -> None:
         trainer: Any = self.trainer
         progress = self.batch_progress
@@ -38,7 +42,9 @@ class StepLoop(_TrainingEpochLoop):
         self.waited += time.perf_counter() - began
         index = self.batch_idx + 1
         progress.is_last_batch = data_fetcher.done
-        batch = trainer.datamodule.on_after_batch_transfer(move_data_to_device(batch, strategy.root_device), 0)
+        if strategy.root_device.type != "cpu":
+            batch = move_data_to_device(batch, strategy.root_device)
+        batch = trainer.datamodule.on_after_batch_transfer(batch, 0)
         progress.increment_ready()
         for callback in trainer.callbacks:
             callback.on_train_batch_start(trainer, module, batch, index)

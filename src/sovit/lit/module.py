@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -67,7 +68,7 @@ class LitClassifier(pl.LightningModule):
         self.trained: list[nn.Parameter] = []  # walking the modules costs 0.2 ms a step
         self._optimizer, self._prepare = optimizer, prepare
         self._base_lr: list[float] = []
-        self._backward: Callable[[Tensor], None] = self.manual_backward
+        self._alone = False  # no gradients to sum or to scale
         self._sum: Callable[[bool], Any] = bool  # told before each backward pass whether its gradients are summed
 
     def configure_model(self) -> None:
@@ -88,7 +89,13 @@ class LitClassifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """One update from this process's images (B, channels, size, size) and their labels."""
         optimizer: Any = self.optimizers()
-        return {"loss": self.update(*batch, self.trainer.global_step, optimizer, self._backward)}
+        step = self.trainer.global_step
+        if not self._alone:
+            return {"loss": self.update(*batch, step, optimizer, self.manual_backward)}
+        optimizer._on_before_step()  # which counts the steps, with what follows
+        loss = self.update(*batch, step, optimizer.optimizer)
+        optimizer._on_after_step()
+        return {"loss": loss}
 
     def update(
         self,
@@ -96,11 +103,11 @@ class LitClassifier(pl.LightningModule):
         labels: Tensor,
         step: int,
         optimizer: torch.optim.Optimizer,
-        backward: Callable[[Tensor], None] = Tensor.backward,
+        backward: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """The loss of a batch, after the update of index ``step`` from it.
 
-        ``optimizer.step`` has to call ``on_before_optimizer_step`` once the gradients are unscaled, as Lightning's does.
+        An optimiser of Lightning's calls ``on_before_optimizer_step`` itself, once the gradients are unscaled.
         """
         if self.noise_seed is not None:
             torch.manual_seed((self.noise_seed << 40) + (step << 16) + self.global_rank)
@@ -114,11 +121,13 @@ class LitClassifier(pl.LightningModule):
             self._sum(number >= len(parts))  # over the processes, after the last backward pass only
             part = self.loss_of(x, y)
             part = part / len(parts) if parts else part
-            backward(part)
+            part.backward() if backward is None else backward(part)
             loss = part.detach() if loss is None else loss + part.detach()
         scale = self.lr_scale(step)
         for group, base in zip(optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * scale
+        if not isinstance(optimizer, LightningOptimizer):
+            self.on_before_optimizer_step(optimizer)
         optimizer.step()
         assert loss is not None
         return loss
@@ -139,7 +148,7 @@ class LitClassifier(pl.LightningModule):
             isinstance(strategy, SingleDeviceStrategy)
             and getattr(self.trainer.precision_plugin, "scaler", None) is None
         ):
-            self._backward = Tensor.backward  # of Lightning's nothing but hooks would be left
+            self._alone = True  # nothing but hooks would be left of Lightning's backward pass and optimiser step
         if isinstance(wrapped, DistributedDataParallel):
             self._sum = functools.partial(setattr, wrapped, "require_backward_grad_sync")
         elif isinstance(self.model, torch.distributed.fsdp.FSDPModule):

@@ -146,9 +146,9 @@ class _Bar:
 
     def __init__(self, live: Live, label: str) -> None:
         self.live, self.label = live, label
-        live.update(Text(f"{label}  starting", style="cyan"), refresh=True)
 
     def update(self, note: Mapping[str, Any]) -> None:
+        self.live.start()  # at the first note: a process that only starts others has none
         self.live.update(self.render(note), refresh=True)
 
     def render(self, note: Mapping[str, Any]) -> RenderableType:
@@ -168,5 +168,8 @@ class _Bar:
 @contextmanager
 def _bar(label: str, console: Console) -> Iterator[_Bar]:
     # Refreshed by the notes alone: a thread of rich's own would wake up in the middle of a step.
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    live = Live(console=console, auto_refresh=False, transient=True)
+    try:
         yield _Bar(live, label)
+    finally:
+        live.stop()
