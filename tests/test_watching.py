@@ -19,7 +19,7 @@ from sovit.lit.callbacks import WATCH_EVERY
 from sovit.lit.loop import StepLoop
 from sovit.lit.module import LitClassifier
 from sovit.lit.peak import Peak
-from sovit.lit.progress import PERF, Meter, shown, tell
+from sovit.lit.progress import Meter, shown, tell
 
 NOTE = {
     "step": 1234,
@@ -101,7 +101,7 @@ def test_what_hangs_on_the_clock_has_files_of_its_own(tmp_path: Path, monkeypatc
         assert engine.run(stopped) == engine.STOPPED
     assert engine.run(stopped) == engine.OK
     assert content(whole) == content(stopped)
-    rows = records.read_lines(records.run_dir(stopped) / PERF)
+    rows = records.read_lines(records.run_dir(stopped) / records.PERF)
     assert [row["step"] for row in rows] == [4, 8, 12, 16, 20, 24]
     assert [row["wall_s"] for row in rows] == sorted(row["wall_s"] for row in rows)
     for row in rows:
@@ -189,19 +189,20 @@ def test_a_run_on_a_cpu_has_torch_look_for_no_gpu_at_every_step(
     assert len(asked) < 10
 
 
-def test_a_measured_peak_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_highest_peak_that_any_run_has_seen_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine shows less than its peak: kept, that figure would make every later run look too good."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = iter([2e9, 3e9, 4e9, 5e9])
+    found = iter([2e9, 3e9, 1e9, 5e9, 4e9, 1e9])
     monkeypatch.setattr(peak, "matmul_flops", lambda *_: next(found))
     cpu, measure = torch.device("cpu"), peak.peak.__wrapped__
-    assert measure(cpu, "32-true") == measure(cpu, "32-true") == Peak(2e9, "measured")
-    assert measure(cpu, "bf16-mixed") == Peak(3e9, "measured")  # another precision, another figure
+    assert [measure(cpu, "32-true").flops for _ in range(3)] == [2e9, 3e9, 3e9]
+    assert measure(cpu, "bf16-mixed") == Peak(5e9, "measured")  # another precision, another figure
     for path in tmp_path.rglob("*.json"):
         path.write_text("{")
     assert measure(cpu, "32-true") == Peak(4e9, "measured")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
     (tmp_path / "nowhere").write_text("a file")
-    assert measure(cpu, "32-true") == Peak(5e9, "measured")
+    assert measure(cpu, "32-true") == Peak(1e9, "measured")
 
 
 @pytest.mark.parametrize(

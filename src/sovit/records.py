@@ -25,6 +25,7 @@ from sovit.shape import Shape
 
 SCHEMA = 1
 RUN, EVALS, METRICS, PROGRESS, LOG = "run.json", "evals.jsonl", "metrics.jsonl", "progress.json", "log.txt"
+PERF = "perf.jsonl"  # speed between two rows of METRICS; a resumed run adds rows, none is ever cut
 RUNNING, DONE, FAILED, DIVERGED = "running", "done", "failed", "diverged"
 
 _RUN_ID = re.compile(

@@ -22,7 +22,7 @@ from sovit.lit import checkpoints
 from sovit.lit.loop import StepLoop
 from sovit.lit.module import LitClassifier
 from sovit.lit.peak import Peak
-from sovit.lit.progress import PERF, Meter, tell
+from sovit.lit.progress import Meter, tell
 from sovit.lit.ranks import Ranks
 from sovit.lit.sharded import alike, local, part_of
 from sovit.schedule import Segment
@@ -226,7 +226,7 @@ class Log(pl.Callback):
         if speeds:
             growing.check()
             about = {"step": self.done + step, "wall_s": round(now - self.clock_zero, 2)}
-            records.append_lines(growing.directory / PERF, [about | speeds])
+            records.append_lines(growing.directory / records.PERF, [about | speeds])
             metrics |= {f"perf/{key}": value for key, value in speeds.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
@@ -289,7 +289,8 @@ class Evaluate(pl.Callback):
 class Resume(pl.Callback):
     """Resume points: after every evaluation, every so many seconds, at the end of the segment, and on a stop signal.
 
-    A point carries the configuration's hash, the marks of the growing files and the state of torch's random generator.
+    A point carries the configuration's hash and the marks of the growing files. No generator: what is drawn at random is a
+    function of the seed and the step (data, augmentation, stochastic depth).
     A state that `Watch` complains about is not saved, so the newest point is a good one whenever the run diverges. Of
     several processes one that is told to stop, or whose clock says that a point is due, is heeded by all a step later.
     """
@@ -310,12 +311,6 @@ class Resume(pl.Callback):
         self.growing, self.directory, self.plan, self.index, self.watch = growing, directory, plan, index, watch
         self.config_hash, self.every_s, self.stop_requested, self.ranks = config_hash, every_s, stop_requested, ranks
         self._saved_at = time.monotonic()
-        self._rng: torch.Tensor | None = None
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self._rng is not None:  # only now: starting a DataLoader draws from the generator too
-            torch.set_rng_state(self._rng)
-            self._rng = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step, segment = trainer.global_step, self.plan[self.index]
@@ -343,10 +338,4 @@ class Resume(pl.Callback):
         checkpoint[checkpoints.KEY] = {
             "config_hash": self.config_hash,
             "marks": dict(self.growing.marks) if self.growing is not None else {},  # the first process writes it
-            "rng": torch.get_rng_state(),
         }
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._rng = checkpoint[checkpoints.KEY]["rng"]

@@ -27,7 +27,6 @@ from sovit.flops import train_gflops
 from sovit.launch.tables import duration_text
 from sovit.lit.peak import Peak
 
-PERF = "perf.jsonl"  # rates between two rows of metrics.jsonl; a resumed run adds rows, none is ever cut
 LINE_EVERY_S = 60.0
 
 
