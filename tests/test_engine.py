@@ -373,3 +373,28 @@ def test_the_loss_curve_is_the_golden_one(tmp_path: Path) -> None:
     losses = [row["train/loss"] for row in records.read_lines(records.run_dir(cfg) / records.METRICS)]
     golden = json.loads(GOLDEN.read_text())
     assert losses == pytest.approx(golden, rel=2e-4)
+
+
+def test_pixel_baselines_are_computed_once_a_sweep_and_again_for_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers for every cell of a sweep; another shape shares them, other images or shots do not."""
+    asked: list[str] = []
+    original = engine.Evaluation._errors
+
+    def spy(self: Any, target: Any, train: torch.Tensor, test: torch.Tensor) -> Any:
+        if train.shape[1] == 256:  # pixels
+            asked.append(target.name)
+        return original(self, target, train, test)
+
+    monkeypatch.setattr(engine.Evaluation, "_errors", spy)
+    found = []
+    for more in ([], ["seed=1"], ["shape=24x1x16"], ["data.seed=5"], ["eval.num_draws=2"]):
+        cfg = small(tmp_path, "trainer.max_steps=2", *more, f"tag={len(found)}")
+        asked.clear()
+        assert engine.run(cfg) == engine.OK
+        record = records.read_run(records.run_dir(cfg))
+        assert record
+        found.append((bool(asked), record["baselines"]))
+    assert [again for again, _ in found] == [True, False, False, True, True]
+    assert found[0][1] == found[1][1] == found[2][1] and found[0][1]["fractals"] != found[3][1]["fractals"]

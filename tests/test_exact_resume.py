@@ -40,7 +40,7 @@ def cell(images: Path, runs: Path, *more: str) -> list[str]:
 
 
 def directory(runs: Path) -> Path:
-    [path] = (runs / "t").iterdir()
+    [path] = (runs / "t").glob("t-*")
     return path
 
 

@@ -38,7 +38,7 @@ class Cells:
         return self.directory(name)
 
     def directory(self, name: str) -> Path:
-        [path] = (self.home / name / "t").iterdir()
+        [path] = (self.home / name / "t").glob("t-*")
         return path
 
     def log(self, name: str) -> str:

@@ -23,7 +23,7 @@ def test_one_command_starts_its_processes_and_ends_with_their_code(tmp_path: Pat
     done = train("parallel=fsdp", "parallel.devices=2", f"runs_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith(": done") and not done.stderr
-    [directory] = (tmp_path / "t").iterdir()
+    [directory] = (tmp_path / "t").glob("t-*")
     record = records.read_run(directory)
     assert record is not None and record["layout"]["processes"] == 2
 
@@ -33,7 +33,7 @@ def test_torchrun_starts_the_processes_of_a_cell(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = train("parallel=ddp", f"runs_dir={tmp_path}", launcher=torchrun)
     assert done.returncode == 0, done.stderr
-    [directory] = (tmp_path / "t").iterdir()
+    [directory] = (tmp_path / "t").glob("t-*")
     assert (records.read_run(directory) or {})["status"] == records.DONE
 
 
