@@ -1,6 +1,6 @@
 """What happens between the steps of a run: averaging weights, watching for divergence, logging, evaluation, resume points.
 
-Order matters and is fixed in `sovit.lit.engine`: average, watch, log, evaluate, then save, so that a checkpoint taken
+Order matters and is fixed in `sovit.lit.fit`: average, watch, log, evaluate, then save, so that a checkpoint taken
 after an evaluation remembers the growing files with its rows in them.
 """
 

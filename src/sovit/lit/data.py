@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,6 +22,7 @@ from sovit.data.shards import shard_paths
 from sovit.data.sources import SPLITS, Images, kind_of, open_images
 from sovit.data.stream import FewShotSet, FractalDataset, StepSampler, digits_fewshot, fractal_fewshot, make_loader
 from sovit.data.views import TestView, TrainView
+from sovit.lit.layout import on_gpu
 from sovit.schema import EVAL_DATASETS
 
 T = TypeVar("T")
@@ -64,8 +64,7 @@ class TrainData(pl.LightningDataModule):
             rank=self.rank,
             world=self.world,
         )
-        pin = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        return make_loader(train_stream(cfg), sampler, cfg.data.num_workers, pin_memory=pin)
+        return make_loader(train_stream(cfg), sampler, cfg.data.num_workers, pin_memory=on_gpu(cfg))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """(images, labels) of a batch that has arrived on its device."""

@@ -35,12 +35,11 @@ class Layout:
 
 
 def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
-    """The layout of a run on devices such as this process has. Raises ConfigError if the model does not fit on them."""
+    """The layout of a run on devices such as this process has. Raises ConfigError if the model does not fit on them.
+
+    That the batch divides among the processes was settled before (`sovit.launch.processes.settled`).
+    """
     parallel, batch = cfg.parallel, cfg.trainer.global_batch_size
-    if batch % ranks.world:
-        raise ConfigError(
-            f"trainer.global_batch_size={batch} does not divide among {ranks.world} processes; start another number of them."
-        )
     if on_gpu(cfg) and torch.cuda.device_count() < ranks.local_world:
         raise ConfigError(
             f"{ranks.local_world} processes on this node, but each of them sees {torch.cuda.device_count()} GPU: start srun "

@@ -42,7 +42,7 @@ class LitClassifier(pl.LightningModule):
     """Supervised pretraining.
 
     ``optimizer`` makes the optimiser once the model lies on its devices; ``lr_scale(step)`` multiplies its rates.
-    ``prepare`` changes the model in place once the processes are connected. ``micro_batch``: images in one
+    ``prepare`` changes the model in place, for a device, once the processes are connected. ``micro_batch``: images in one
     forward pass, None for all that the process has. ``noise_seed``: of stochastic depth, drawn anew from (seed, step) at
     every step, so that a resume needs no state of a generator; None if the model draws nothing.
     """
@@ -55,7 +55,7 @@ class LitClassifier(pl.LightningModule):
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         lr_scale: Callable[[int], float],
         clip_norm: float | None,
-        prepare: Callable[[nn.Module], None] | None = None,
+        prepare: Callable[[nn.Module, torch.device], None] | None = None,
         micro_batch: int | None = None,
         noise_seed: int | None = None,
     ) -> None:
@@ -73,7 +73,7 @@ class LitClassifier(pl.LightningModule):
 
     def configure_model(self) -> None:
         if self._prepare is not None:
-            self._prepare(self.model)
+            self._prepare(self.model, self.trainer.strategy.root_device)
             self._prepare = None  # Lightning may call this again
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -20,9 +20,7 @@ from torch import Tensor
 from sovit.launch.processes import Place
 
 T = TypeVar("T")
-TIMEOUT = timedelta(
-    minutes=30
-)  # the longest that one process may leave the others waiting: a checkpoint, an evaluation
+TIMEOUT = timedelta(minutes=30)  # for which one process may leave the others waiting: a checkpoint, an evaluation
 
 
 class PortTaken(RuntimeError):

@@ -17,6 +17,7 @@ from sovit.config import RunConfig, model_geometry, model_options, shape_of
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.pay.hardware import hardware
 from sovit.lit.data import data_fingerprint
+from sovit.lit.layout import on_gpu
 
 
 def new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +63,7 @@ ENVIRONMENT = (
 
 def _machine(cfg: RunConfig) -> dict[str, Any]:
     """The processor and the versions that a number can depend on in its last digits."""
-    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    gpu = on_gpu(cfg)
     return {
         **hardware("gpu" if gpu else "cpu"),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -35,35 +35,31 @@ def make_strategy(kind: str, ranks: Ranks, check: Callable[[], None]) -> Strateg
 
 
 def shard_size(ranks: Ranks, asked: int | None) -> int:
-    """Processes that share one copy of the weights: those of a node unless asked otherwise. Raises ValueError."""
-    size = asked or ranks.local_world
-    if ranks.world % size:
-        raise ValueError(f"parallel.shard={size} does not divide the {ranks.world} processes.")
-    return size
+    """Processes that share one copy of the weights: those of a node unless asked otherwise."""
+    return asked or ranks.local_world
 
 
 def spread(
     *, kind: str, checkpointing: str, compiled: bool, precision: str, shard: int | None, ranks: Ranks
-) -> Callable[[nn.Module], None]:
-    """What is to be done with a model, in place, once the processes are connected.
+) -> Callable[[nn.Module, torch.device], None]:
+    """What is to be done with a model on a process's device, in place, once the processes are connected.
 
     For fsdp it lies on the meta device, but in the first process, where it holds the weights to begin with.
     """
 
-    def prepare(model: nn.Module) -> None:
+    def prepare(model: nn.Module, device: torch.device) -> None:
         checkpoint_blocks(model, checkpointing)  # type: ignore[arg-type]
         if compiled:
             compile_blocks(model)
         if kind == "fsdp":
-            _shard(model, precision, shard_size(ranks, shard), ranks)
+            _shard(model, device, precision, shard_size(ranks, shard), ranks)
 
     return prepare
 
 
-def _shard(model: nn.Module, precision: str, size: int, ranks: Ranks) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _shard(model: nn.Module, device: torch.device, precision: str, size: int, ranks: Ranks) -> None:
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()} if ranks.first else {}
-    mesh = init_device_mesh(device, (ranks.world // size, size), mesh_dim_names=("copies", "shards"))
+    mesh = init_device_mesh(device.type, (ranks.world // size, size), mesh_dim_names=("copies", "shards"))
     # Blocks are gathered and computed in bfloat16, gradients summed in float32. What lies outside of the blocks stays
     # float32 and so keeps the residual stream float32, as in one process under autocast.
     low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -77,7 +73,7 @@ def _shard(model: nn.Module, precision: str, size: int, ranks: Ranks) -> None:
         fully_shard(block, mesh=mesh, mp_policy=low if precision == "bf16-mixed" else same)
     # Gathered weights must not outlive an evaluation, which is done with others: the average (Ema.in_place).
     fully_shard(model, mesh=mesh, mp_policy=same, reshard_after_forward=True)
-    model.to_empty(device=f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu")
+    model.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole, options=options)
     for method in METHODS:
