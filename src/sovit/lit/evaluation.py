@@ -11,13 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 
 from sovit import records
 from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
 from sovit.data.stream import FewShotSet, Slices
-from sovit.fewshot import fewshot_errors, summarise
+from sovit.fewshot import fewshot_errors, summarise, support_indices
 from sovit.flops import forward_gflops
 from sovit.lit.callbacks import Diverged
 from sovit.lit.data import data_fingerprint, fewshot_sets
@@ -42,6 +43,7 @@ class Evaluation:
         self.cfg, self.growing, self.loggers, self.ranks = cfg, growing, loggers, ranks
         self.durations = {0: "init", **eval_steps(cfg)}
         self.targets = fewshot_sets(cfg, ranks.rank)
+        self.drawn = [_drawn(target, cfg) for target in self.targets]
         shape = shape_of(cfg)
         self.gflops = forward_gflops(shape, **model_geometry(cfg))
         self.fields = {
@@ -59,8 +61,11 @@ class Evaluation:
         compute = examples * self.gflops
         rows: list[dict[str, Any]] = []
         metrics: dict[str, float] = {"t_gflops": compute, "examples_seen": examples}
-        for target in self.targets:
-            train, test = (extract(model, images, self.ranks) for images in (target.train_images, target.test_images))
+        for target, (rows_drawn, images_drawn) in zip(self.targets, self.drawn, strict=True):
+            support = extract(model, images_drawn, self.ranks)
+            train = support.new_zeros(len(target.train_labels), support.shape[1])
+            train[rows_drawn] = support
+            test = extract(model, target.test_images, self.ranks)
             found = self.ranks.tell(functools.partial(self._errors_of, target, train, test, step))
             for row in found:
                 rows.append(
@@ -125,6 +130,18 @@ class Evaluation:
             num_draws=self.cfg.eval.num_draws,
             l2=self.cfg.eval.l2_reg,  # type: ignore[arg-type]
         )
+
+
+def _drawn(target: FewShotSet, cfg: RunConfig) -> tuple[torch.Tensor, torch.Tensor | Slices]:
+    """Rows of the pool that some draw takes, and their images: the others need no features."""
+    images, labels = target.train_images, np.asarray(target.train_labels)
+    if not isinstance(images, torch.Tensor):  # few are left over where images are read for the draws
+        return torch.arange(len(images)), images
+    draws = [
+        support_indices(labels, target.num_classes, max(cfg.eval.shots), draw) for draw in range(cfg.eval.num_draws)
+    ]
+    rows = torch.from_numpy(np.unique(np.concatenate([positions for draw in draws for positions in draw])))
+    return rows, images[rows]
 
 
 @torch.no_grad()

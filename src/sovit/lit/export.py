@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from sovit import records
 from sovit.config import ConfigError, from_mapping, shape_of
-from sovit.lit import checkpoints, sharded
+from sovit.lit import checkpoints, trained
 
 SUFFIXES = (".safetensors", ".ckpt")
 
@@ -29,45 +28,18 @@ def export(source: Path, out: Path, *, average: bool | None = None, overwrite: b
         raise ConfigError(f"{out} is there already; choose another name, or add --overwrite.")
     if not out.parent.is_dir():
         raise ConfigError(f"{out.parent} is no folder; make it first.")
-    point, content = _found(source)
+    point, content = trained.found(source)
     step = content["global_step"]
     if out.suffix == ".ckpt":
         checkpoints.write(out, content, lambda: None)
         return f"{out}: the whole state of {point} after {step:,} steps."
-    averages = content["callbacks"].get("Ema", {})
-    if average and not averages:
-        raise ConfigError(f"{point} holds no averaged weights (eval.weights=ema makes them); write --weights trained.")
-    tensors = {name.removeprefix(sharded.MODEL): tensor for name, tensor in content["state_dict"].items()}
-    if averages and average is not False:
-        tensors |= averages
+    tensors, kind = trained.tensors_of(content, point, average)
     scratch = records.scratch_of(out)
-    metadata = {"step": str(step), "weights": "average" if averages and average is not False else "trained"}
+    metadata = {"step": str(step), "weights": kind}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata | _about(point))
     scratch.replace(out)
     total = sum(tensor.numel() for tensor in tensors.values())
-    return f"{out}: the {metadata['weights']} weights of {point} after {step:,} steps, {total:,} numbers."
-
-
-def _found(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The resume point that is meant, and its content."""
-    if not source.exists():
-        raise ConfigError(f"{source} is not there; give a run's folder or one of its resume points.")
-    run = source.is_dir() and not (source / sharded.INDEX).exists() and source.suffix != ".ckpt"
-    points = [source / point.name for point in reversed(checkpoints.resume_points(source))] if run else [source]
-    if not points:
-        raise ConfigError(
-            f"{source} holds no resume point; those of a finished run are kept with trainer.keep_checkpoint=true."
-        )
-    reasons = []
-    for point in points:
-        try:
-            content = checkpoints.whole(point) if point.is_dir() else checkpoints.read(point)
-            if checkpoints.KEY not in content:
-                raise checkpoints.Unusable("it is no checkpoint of a run")
-            return point, content
-        except (checkpoints.Unusable, sharded.Damaged) as error:
-            reasons.append(f"{point.name}: {error}")
-    raise ConfigError(f"{source} cannot be read: {'; '.join(reasons)}.")
+    return f"{out}: the {kind} weights of {point} after {step:,} steps, {total:,} numbers."
 
 
 def _about(point: Path) -> dict[str, str]:
