@@ -26,6 +26,7 @@ FLOORS = [
     ["sovit.launch"],
     ["sovit.data", "sovit.models", "sovit.fewshot", "sovit.optim", "sovit.adafactor"],
     ["sovit.lit"],
+    ["sovit.downstream", "sovit.bench", "sovit.ship"],
     ["sovit.launch.preload", "sovit.train", "sovit.cli"],
 ]
 NO_TORCH = [
