@@ -38,6 +38,10 @@ sweep-diagonal: setup  ## train shapes scaled jointly: how far to go along the s
 	$(BIN)/sovit $(RUN) sweeps/$(or $(SWEEP),diagonal_tiny).yaml $(ARGS)
 	$(BIN)/sovit fit runs/$(or $(SWEEP),diagonal_tiny)
 
+.PHONY: optimize
+optimize: setup  ## the whole way: star, grid, prediction, the predicted shape against its rivals (under an hour on two cores)
+	$(BIN)/sovit optimize $(ARGS)
+
 .PHONY: test
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from sovit.config import check_overrides
-from sovit.schema import EVAL_DATASETS
 from sovit.strict import ConfigError, nearest, read_yaml
 
 TOP_LEVEL_KEYS = {"program", "command", "method", "metric", "name", "description", "project", "entity", "parameters"}
@@ -165,7 +164,7 @@ def _split(override: str) -> tuple[str, str]:
 
 def metric_of(name: str) -> tuple[str, int]:
     """("fractals", 10) for ``eval/fractals_10shot/error``. Raises SweepError for any other text."""
-    match = re.fullmatch(r"eval/(\w+)_(\d+)shot/error", name)
+    match = re.fullmatch(r"eval/([\w.-]+)_(\d+)shot/error", name)
     if not match:
         raise SweepError(f"metric name {name!a} is not one that runs log; write eval/fractals_10shot/error.")
     return match[1], int(match[2])
@@ -176,11 +175,7 @@ def _metric(path: Path, metric: Any) -> dict[str, str]:
         raise SweepError(
             f"{path}: metric is {metric!r}; write metric: {{name: eval/fractals_10shot/error, goal: minimize}}."
         )
-    dataset, _ = metric_of(str(metric["name"]))
-    if dataset not in EVAL_DATASETS:
-        raise SweepError(
-            f"{path}: metric {metric['name']!a} is of no data set of the evaluation{nearest(dataset, EVAL_DATASETS)}"
-        )
+    metric_of(str(metric["name"]))  # whether cells log it is known once they are composed (`plan.plan`)
     return {key: str(value) for key, value in metric.items()}
 
 
