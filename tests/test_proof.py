@@ -158,7 +158,7 @@ def test_a_losing_prediction_is_said_to_lose_and_where_the_law_failed(tmp_path: 
 
     found = _found(neighbour=0.85, forecast=1.05)
     told = " ".join(sentence for _, sentence in report.sentences(found))
-    assert "LOSES to best neighbour (40x3x96, 0.85 [0.82, 0.88] times its error)" in told
+    assert "LOSES to its best neighbour (40x3x96, 0.85 [0.82, 0.88] times its error)" in told
     assert "It is worse than the best of its local grid" in told
     assert "The law failed at 40x3x96 (best neighbour): it expected 1.05 times" in told
     page = report.write(found, tmp_path).read_text()
@@ -207,7 +207,7 @@ def test_optimize_ends_in_a_report_and_is_idempotent(tmp_path: Path, capsys: pyt
     command = ["optimize", "--compute", "24", "--seeds", "2", "logger=none", f"runs_dir={tmp_path}"]
     assert main(command) == 0
     first = json.loads((tmp_path / "optimize" / "proof.json").read_text())
-    assert {row["role"] for row in first["rows"]} >= {"predicted", "conventional", "same parameters", "best neighbour"}
+    assert {row["role"] for row in first["rows"]} >= {"predicted", "conventional", "same size", "best neighbour"}
     assert all(row["num_seeds"] == 2 for row in first["rows"])
     capsys.readouterr()
     assert main(command) == 0

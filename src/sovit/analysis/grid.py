@@ -45,8 +45,9 @@ def sweep_kind(shapes: Iterable[HasShape]) -> str:
     distinct = {dimensions(shape) for shape in shapes}
     if len(distinct) < 2:
         raise ValueError(f"{len(distinct)} distinct shapes are no sweep; give at least two.")
-    values = [sorted({shape[k] for shape in distinct}) for k in range(3)]
-    centers = [Dimensions(*choice) for choice in itertools.product(*values)]
+    kind = type(next(iter(distinct)))
+    values = [sorted({shape[k] for shape in distinct}) for k in range(len(kind._fields))]
+    centers = [kind(*choice) for choice in itertools.product(*values)]
     if any(all(len(shape.differs(center)) <= 1 for shape in distinct) for center in centers):
         return "star"
     if 2 * len(distinct) >= len(centers):

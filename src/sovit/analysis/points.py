@@ -12,22 +12,24 @@ import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from sovit import records
+from sovit.families import EXAMPLES, FAMILIES, VIT, Family
 
 EXCLUSIONS = "exclusions.csv"
 IMPORTS = "import.json"  # what `sovit import` noted: its sources, and the rows it left out
-DIMENSIONS = ("width", "depth", "mlp_dim")
+DIMENSIONS = ("width", "depth", "mlp_dim")  # of a ViT; what knows only these says so
 
 
 class HasShape(Protocol):
-    """A `Point`, a `sovit.shape.Shape`, or anything else with the three dimensions."""
+    """A `Point`, a shape of any family, or anything else with the three dimensions, and token_dim if it is a Mixer's."""
 
     @property
     def width(self) -> int: ...
@@ -45,13 +47,61 @@ class Dimensions(NamedTuple):
     def __str__(self) -> str:
         return f"{self.width}x{self.depth}x{self.mlp_dim}"
 
-    def differs(self, other: Dimensions) -> list[str]:
+    def differs(self, other: AnyDimensions) -> list[str]:
         """Names of the dimensions in which two shapes differ."""
-        return [name for name, here, there in zip(DIMENSIONS, self, other, strict=True) if here != there]
+        return _differ(self, other)
 
 
-def dimensions(shape: HasShape) -> Dimensions:
+class MixerDimensions(NamedTuple):
+    width: int
+    depth: int
+    token_dim: int
+    mlp_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.depth}x{self.token_dim}x{self.mlp_dim}"
+
+    def differs(self, other: AnyDimensions) -> list[str]:
+        """Names of the dimensions in which two shapes differ."""
+        return _differ(self, other)
+
+
+AnyDimensions = Dimensions | MixerDimensions
+_BY_NAMES: dict[tuple[str, ...], type[Any]] = {cls._fields: cls for cls in (Dimensions, MixerDimensions)}
+
+
+def _differ(one: AnyDimensions, other: AnyDimensions) -> list[str]:
+    return [name for name, here, there in zip(one._fields, one, other, strict=True) if here != there]
+
+
+def dimensions(shape: HasShape) -> AnyDimensions:
+    """The dimensions that a star of such shapes varies; ``_fields`` are their names."""
+    if hasattr(shape, "token_dim"):
+        return MixerDimensions(shape.width, shape.depth, shape.token_dim, shape.mlp_dim)
     return Dimensions(shape.width, shape.depth, shape.mlp_dim)
+
+
+def vit_dimensions(shape: HasShape) -> Dimensions:
+    """The dimensions of a ViT. Raises ValueError for those of an MLP-Mixer."""
+    found = dimensions(shape)
+    if not isinstance(found, Dimensions):
+        raise ValueError(f"{found} has four dimensions, an MLP-Mixer's; this is for ViTs.")
+    return found
+
+
+def dimensions_of(family: Family, text: str) -> AnyDimensions:
+    """The dimensions of a shape's text, such as the center of a star. Raises ValueError."""
+    return _BY_NAMES[family.dimensions](*family.sizes(text))
+
+
+def parse_dimensions(option: str, text: str, like: AnyDimensions | None = None) -> AnyDimensions:
+    """The dimensions that a text gives, as many as ``like`` has. Raises ValueError that names the option."""
+    names = DIMENSIONS if like is None else like._fields
+    if not re.fullmatch("x".join(["[1-9][0-9]{0,6}"] * len(names)), text):
+        family = next(family for family in FAMILIES.values() if family.dimensions == names)
+        such = "x".join(map(str, EXAMPLES[family.name]))
+        raise ValueError(f"{option} {text!r} is no shape; write {family.form} such as {such}.")
+    return _BY_NAMES[names](*map(int, text.split("x")))
 
 
 @dataclass(frozen=True)
@@ -62,6 +112,7 @@ class Point:
     binomial error of the test set, an upper bound: all runs share the same draws and the same test images.
     """
 
+    family: ClassVar[str] = VIT
     run_id: str
     width: int
     depth: int
@@ -72,6 +123,31 @@ class Point:
     error: float
     stderr: float
     num_draws: int
+
+
+@dataclass(frozen=True)
+class MixerPoint(Point):
+    """A point of an MLP-Mixer (`sovit.families.mixer`)."""
+
+    family: ClassVar[str] = "mixer"
+    token_dim: int
+
+
+@dataclass(frozen=True)
+class SwinPoint(Point):
+    """A point of a Swin transformer (`sovit.families.swin`)."""
+
+    family: ClassVar[str] = "swin"
+
+
+POINTS: dict[str, type[Point]] = {cls.family: cls for cls in (Point, MixerPoint, SwinPoint)}
+
+
+def only_vits(points: Sequence[Point], what: str) -> None:
+    """Raise ValueError if the points are of another family, for which there is no ``what``."""
+    other = next((point for point in points if point.family != VIT), None)
+    if other is not None:
+        raise ValueError(f"{other.run_id} is of family {other.family}: there is no {what} for it yet, only for ViTs.")
 
 
 @dataclass(frozen=True)
@@ -156,6 +232,7 @@ _FREE = (
     "model.width",
     "model.depth",
     "model.mlp_dim",
+    "model.token_dim",
     "model.num_heads",
     "model.head_dim",
     "data.num_workers",
@@ -165,13 +242,19 @@ _FREE = (
 )
 
 
-def recipe(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a run's configuration that all runs of a fit must share."""
+def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a run's configuration that all runs of a fit must share; those younger than it, as it meant them."""
+    flat = _recipe(config, "")
+    younger = {key: value for key, value in records.younger_defaults().items() if not key.startswith(_FREE)}
+    return younger | flat if flat else flat
+
+
+def _recipe(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         dotted = prefix + key
         if isinstance(value, Mapping):
-            flat |= recipe(value, f"{dotted}.")
+            flat |= _recipe(value, f"{dotted}.")
         elif not dotted.startswith(_FREE):
             flat[dotted] = value
     return flat
@@ -286,7 +369,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where} has {known}; exclude the run in {EXCLUSIONS}.")
         if row["step"] > 0 and row["t_gflops"] == 0:
             raise ValueError(f"{where} has t_gflops 0 after step 0; exclude the run in {EXCLUSIONS}.")
-        if rows and any(row[key] != rows[0][key] for key in (*DIMENSIONS, "seed")):
+        family = row.get("family", VIT)
+        if family not in FAMILIES:
+            raise ValueError(f"{where} has family {family!r:.40}, which is not known; exclude the run in {EXCLUSIONS}.")
+        names = FAMILIES[family].dimensions
+        lacking = next((name for name in names if not _whole(1)(row.get(name))), None)
+        if lacking is not None:
+            raise ValueError(f"{where} has no {lacking}, as a {family} must; exclude the run in {EXCLUSIONS}.")
+        if rows and any(row.get(key) != rows[0].get(key) for key in ("family", *names, "seed")):
             raise ValueError(f"{where} has another shape or seed than line 1; exclude the run in {EXCLUSIONS}.")
         rows.append(row)
     return rows
@@ -341,9 +431,10 @@ def _average(rows: list[dict[str, Any]], run_dir: Path) -> list[Point]:
         binomial = float(np.mean([row["stderr"] or 0.0 for row in group]))
         draws = float(errors.std(ddof=1)) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
         row = group[0]
+        family = FAMILIES[row.get("family", VIT)]
         points.append(
-            Point(
-                run_id=run_dir.name, width=row["width"], depth=row["depth"], mlp_dim=row["mlp_dim"], seed=row["seed"],
+            POINTS[family.name](
+                run_id=run_dir.name, seed=row["seed"], **{name: row[name] for name in family.dimensions},
                 t_gflops=float(row["t_gflops"]), duration=duration, error=float(errors.mean()),
                 stderr=math.hypot(binomial, draws), num_draws=len(group),
             )

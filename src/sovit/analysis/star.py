@@ -29,9 +29,10 @@ from sovit.analysis.intervals import (
     jackknife_runs,
 )
 from sovit.analysis.law import Law
-from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, HasShape, Point, dimensions, plain
+from sovit.analysis.points import AnyDimensions, Exclusion, HasShape, Point, dimensions, plain
 from sovit.analysis.shared import SharedFit, fit_shared
 from sovit.analysis.specification import BreakTest, break_test, structure_test
+from sovit.families import VIT
 
 SCHEMA = 1
 # Errors near chance belong to the start of the learning curve, which is concave in log t and which the law overshoots.
@@ -40,7 +41,7 @@ CUTOFFS = (1.0, 0.7, 0.6, 0.55, 0.5)
 HEADLINE = 0.6
 
 
-def find_center(shapes: Iterable[HasShape]) -> Dimensions:
+def find_center(shapes: Iterable[HasShape]) -> AnyDimensions:
     """The center of a star: the most common value in each dimension.
 
     Raises ValueError if no center makes the shapes a star, or if several do (a single arm).
@@ -48,11 +49,12 @@ def find_center(shapes: Iterable[HasShape]) -> Dimensions:
     distinct = sorted({dimensions(shape) for shape in shapes})
     if not distinct:
         raise ValueError("no shapes; give the shapes of a star sweep.")
-    counts = [Counter(shape[k] for shape in distinct) for k in range(3)]
-    common = Dimensions(*(count.most_common(1)[0][0] for count in counts))
+    kind = type(distinct[0])
+    counts = [Counter(shape[k] for shape in distinct) for k in range(len(kind._fields))]
+    common = kind(*(count.most_common(1)[0][0] for count in counts))
     centers = [
         center
-        for center in (Dimensions(*choice) for choice in itertools.product(*counts))
+        for center in (kind(*choice) for choice in itertools.product(*counts))
         if all(len(shape.differs(center)) <= 1 for shape in distinct)
     ]
     if not centers:
@@ -140,10 +142,17 @@ class StarFit:
     warnings: tuple[str, ...]
     fit: dict[str, Any]
     shared: SharedFit | None
+    family: str = VIT
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, the content of fit.json; an open end of an interval is null above and 0 below."""
-        return {"schema": SCHEMA, "kind": "star", **plain(self)}
+        """JSON-ready, the content of fit.json; an open end of an interval is null above and 0 below.
+
+        ``family`` is left out of a ViT's, as it was before there were others.
+        """
+        content = plain(self)
+        if self.family == VIT:
+            del content["family"]
+        return {"schema": SCHEMA, "kind": "star", **content}
 
     def write(self, path: Path) -> None:
         records.write_json(path, self.as_dict())
@@ -183,7 +192,7 @@ def fit_star(
     usable = [point for point in points if (point.run_id, point.duration) not in reasons]
     arms, by_seed = {}, {}
     seeds = sorted({point.seed for point in points})
-    for name in DIMENSIONS:
+    for name in middle._fields:
         group = [point for point in usable if arm_of[dimensions(point)] == name]
         if name in arm_of.values():
             at_center = [point for point in usable if arm_of[dimensions(point)] is None]
@@ -223,10 +232,11 @@ def fit_star(
             weights,
             level,
         ),
+        family=points[0].family if points else VIT,
     )
 
 
-def _arm(shape: Dimensions, center: Dimensions) -> str | None:
+def _arm(shape: AnyDimensions, center: AnyDimensions) -> str | None:
     different = shape.differs(center)
     if len(different) > 1:
         raise ValueError(

@@ -22,7 +22,7 @@ from sovit.analysis.checks.quasiconvexity import Bump, grid_bumps, star_bumps
 from sovit.analysis.checks.rivals import EQ2, Rival, compare
 from sovit.analysis.checks.stability import Change, Influence, influence, nearest_sizes, two_stars, without_center
 from sovit.analysis.intervals import RunFit, fit_with_runs
-from sovit.analysis.points import DIMENSIONS, Dimensions, HasShape, Point, dimensions, plain
+from sovit.analysis.points import DIMENSIONS, AnyDimensions, Dimensions, HasShape, Point, dimensions, plain
 from sovit.analysis.star import HEADLINE, find_center
 
 SCHEMA = 1
@@ -52,7 +52,7 @@ def star_arms(points: Sequence[Point], center: HasShape | None = None) -> dict[s
     """
     middle = dimensions(center) if center is not None else find_center(points)
     reasons = diagnostics.unusable(points)
-    arms: dict[str, list[Point]] = {name: [] for name in DIMENSIONS}
+    arms: dict[str, list[Point]] = {name: [] for name in middle._fields}
     for point in points:
         different = dimensions(point).differs(middle)
         if len(different) > 1:
@@ -159,7 +159,7 @@ def _across(
     return across_metrics(name, same, draws=draws, seed=seed)
 
 
-def _center_of(points: Sequence[Point], ours: Dimensions) -> Dimensions:
+def _center_of(points: Sequence[Point], ours: AnyDimensions) -> AnyDimensions:
     """A star's own center; ours where its shapes, such as a single arm, are a star around that too."""
     try:
         return find_center(points)

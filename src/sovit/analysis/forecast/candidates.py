@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ from sovit.shape import Shape
 TINY_WIDTH = 192  # of Ti, the smallest published model: below it the usual multiples are too coarse
 STEPS, HEAD_DIMS = (16, 64, 128), (64, 72, 80, 96, 128)
 TINY_STEPS, TINY_HEAD_DIMS = (8, 16, 32), (4, 8, 16, 32)
+RULE = "the rule"  # begins the label of its own rounding
 NUM_HEADS = 16  # at every width of the published sweeps
 Regret = Callable[[Sequence[float]], float]
 
@@ -142,9 +143,9 @@ def candidates(
         in_heads.setdefault(best_near(optimum, grains, score), []).append(head_dim)
     labels = {shape: f"heads of {' or '.join(map(str, found))}" for shape, found in in_heads.items()}
     labels |= {shape: f"multiples of {max(found)}" for shape, found in multiples.items()}
-    labels[first] = "; ".join(("the rule, rounded", *filter(None, (labels.get(first),))))
+    labels[first] = "; ".join((f"{RULE}, rounded", *filter(None, (labels.get(first),))))
     ordered = [first, *sorted((shape for shape in labels if shape != first), key=score)]
-    return tuple(_candidate(shape, labels[shape], optimum, how, geometry, target, regret) for shape in ordered)
+    return tuple(candidate(shape, labels[shape], optimum, how, geometry, target, regret) for shape in ordered)
 
 
 def nearest(value: float, step: int) -> int:
@@ -165,7 +166,7 @@ def _distance(shape: Sequence[float], optimum: Sizes) -> float:
     return sum(math.log(here / there) ** 2 for here, there in zip(shape, optimum, strict=True))
 
 
-def _candidate(
+def candidate(
     shape: Dimensions,
     label: str,
     optimum: Sizes,
@@ -174,8 +175,9 @@ def _candidate(
     target: float | None,
     regret: Regret | None,
 ) -> Candidate:
-    heads = tuple(_heads(shape.width, how, label))
-    built = Shape(*shape, heads[0][0], geometry["patch_size"])
+    """A whole shape with what it costs; arguments as for `candidates`."""
+    fitting = heads(shape.width, how, usual_first=label.startswith(RULE))
+    built = Shape(*shape, fitting[0][0], geometry["patch_size"])
     cost = {name: geometry[name] for name in ("image_size", "channels", "pool", "num_classes")}
     options = {name: geometry[name] for name in OPTIONS if name in geometry}
     gflops = forward_gflops(built, **cost)
@@ -183,7 +185,7 @@ def _candidate(
     return Candidate(
         *shape,
         label=label,
-        heads=heads,
+        heads=fitting,
         num_params=sum(num_params(built, **cost, **options).values()),
         forward_gflops=gflops,
         images=target / gflops if target else None,
@@ -192,17 +194,17 @@ def _candidate(
     )
 
 
-def _heads(width: int, how: Rounding, label: str) -> Iterable[tuple[int, int]]:
+def heads(width: int, how: Rounding, *, usual_first: bool = True) -> tuple[tuple[int, int], ...]:
     """(number, dimension) of the heads meant, then the others that fit."""
     if how.num_heads:
-        return [(how.num_heads, width // how.num_heads)]
+        return ((how.num_heads, width // how.num_heads),)
     if how.head_dim:
-        return [(width // how.head_dim, how.head_dim)]
+        return ((width // how.head_dim, how.head_dim),)
     friendly = [(width // one, one) for one in how.head_dims if width % one == 0]
     friendly.sort(key=lambda pair: abs(math.log(pair[0] / how.usual_heads)))
     usual = [(how.usual_heads, width // how.usual_heads)] if width % how.usual_heads == 0 else []
-    ordered = [*usual, *friendly] if label.startswith("the rule") else [*friendly, *usual]
-    return dict.fromkeys(ordered or [(1, width)])
+    ordered = [*usual, *friendly] if usual_first else [*friendly, *usual]
+    return tuple(dict.fromkeys(ordered or [(1, width)]))
 
 
 def star_regret(fit: Mapping[str, Any], optimum: Sizes, target: float) -> Regret | None:

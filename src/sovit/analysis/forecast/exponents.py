@@ -51,6 +51,10 @@ def read_fit(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"{file} is the fit of a {fit['kind']}; give it as {_OPTIONS[fit['kind']]}.")
     if fit.get("schema") != SCHEMA:
         raise ValueError(f"{file} has schema {fit.get('schema')!r}, not {SCHEMA}; make it again with sovit fit.")
+    if "family" in fit:
+        raise ValueError(
+            f"{file} is a fit of family {fit['family']}: there is no prediction for it yet, only for ViTs."
+        )
     missing = [key for key in _NEEDED[kind] if key not in fit]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}; make it again with sovit fit.")

@@ -41,6 +41,13 @@ class Estimate:
         above, below = (self.law.sensitivity(t * math.exp(sign * step)) for sign in (1, -1))
         return np.log(growth), self._spread((above - below) / (2 * step) / growth[:, None])
 
+    def error_interval(self, x: ArrayLike, t: float, level: float) -> tuple[Array, Array]:
+        """Ends (n,) of the interval of the law's error at (n, 3) sizes and t GFLOPs: delta method on its logarithm."""
+        error = self.law.error(x, t)
+        quantile = float(t_distribution.ppf((1 + level) / 2, self.degrees)) if self.degrees > 0 else math.inf
+        factor = np.exp(quantile * self._spread(self.law.error_by_parameter(x, t) / error[:, None]))
+        return error / factor, error * factor
+
     def _spread(self, gradient: Array) -> Array:
         return np.asarray(np.sqrt(np.einsum("ki,ij,kj->k", gradient, self.covariance, gradient)))
 

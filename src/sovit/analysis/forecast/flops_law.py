@@ -133,6 +133,15 @@ class FlopsLaw:
         u = np.stack(np.broadcast_arrays(*np.moveaxis(np.log(x), -1, 0), log_n), -1) - self.center
         return np.asarray(np.exp(-u @ self._powers.T) @ self.coefficients)
 
+    def error_by_parameter(self, x: ArrayLike, t: float) -> Array:
+        """d f by every parameter at (..., 3) sizes and t, (..., J + 4): coefficients, then exponents."""
+        x = np.asarray(x, float)
+        log_n = math.log(t) - np.log(self.geometry.forward_gflops(x))
+        u = np.concatenate([np.log(x), log_n[..., None]], -1) - self.center
+        by_coefficient = np.exp(-u @ self._powers.T)
+        by_exponent = -((by_coefficient * self.coefficients) @ self.form.members) * u
+        return np.concatenate([by_coefficient, by_exponent], -1)
+
     def has_optimum(self) -> bool:
         """Whether every dimension and the images gain something: without, the best shape is infinite or vanishes."""
         return bool(np.all((self.coefficients @ (self._powers > 0)) > 0))

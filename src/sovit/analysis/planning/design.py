@@ -30,8 +30,8 @@ from sovit.analysis.planning.information import (
     summary,
     together,
 )
-from sovit.analysis.points import Dimensions
 from sovit.analysis.star import HEADLINE
+from sovit.analysis.points import AnyDimensions
 from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
 from sovit.duration import Duration
 from sovit.flops import forward_gflops
@@ -46,9 +46,9 @@ _NUM_SIZES = 13  # candidates an arm
 _FINEST = 128  # multiples of larger powers of two make no product faster
 
 
-def planned_run(cfg: RunConfig, shape: Dimensions) -> Run:
+def planned_run(cfg: RunConfig, shape: AnyDimensions) -> Run:
     """What a run of this configuration at another shape is evaluated at and costs. Raises ValueError if it cannot be."""
-    model = dataclasses.replace(cfg.model, width=None, depth=None, mlp_dim=None)
+    model = dataclasses.replace(cfg.model, width=None, depth=None, mlp_dim=None, token_dim=None)
     cell = dataclasses.replace(cfg, shape=str(shape), model=model)
     gflops, batch = forward_gflops(shape_of(cell), **model_geometry(cell)), cell.trainer.global_batch_size
     steps = list(eval_steps(cell))
@@ -92,7 +92,7 @@ class Design:
     target's compute lost to it, on average. ``cfg`` holds the durations.
     """
 
-    center: Dimensions
+    center: AnyDimensions
     seeds: dict[str, dict[int, int]]
     cfg: RunConfig
     arms: dict[str, Arm]
@@ -111,7 +111,7 @@ class Design:
     def wasted(self) -> float:
         return together(self.expected.values())[1]
 
-    def shapes(self, seed: int) -> list[Dimensions]:
+    def shapes(self, seed: int) -> list[AnyDimensions]:
         """The shapes trained with seed number ``seed``, the center first."""
         rows = [
             self.center._replace(**{name: size})
@@ -131,7 +131,7 @@ class Task:
     the candidate sizes lie around the assumed optimum.
     """
 
-    center: Dimensions
+    center: AnyDimensions
     cfg: RunConfig
     laws: Mapping[str, Law]
     spreads: Mapping[str, Spread]
@@ -149,7 +149,7 @@ class Task:
         return [size for size in found if size != getattr(self.center, name)]
 
 
-def middle_compute(cfg: RunConfig, center: Dimensions, budget: float) -> float:
+def middle_compute(cfg: RunConfig, center: AnyDimensions, budget: float) -> float:
     """The compute (GFLOPs) that a star's durations lie around: those listed, else of 22 equal runs for the budget."""
     if cfg.durations.values:
         run = planned_run(cfg, center)

@@ -22,8 +22,8 @@ _WIDEST = 16_384  # of the widths tried
 PREDICTED, CONVENTIONAL, SAME_PARAMETERS, PUBLISHED, NEIGHBOUR = (
     "predicted",
     "conventional",
-    "same parameters",
-    "published exponents",
+    "same size",
+    "published",
     "best neighbour",
 )
 

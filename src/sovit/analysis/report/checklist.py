@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sovit.analysis.report.summary import baselines_in_words, left_out
-from sovit.analysis.report.words import ARMS, counted, interval, number, percent
+from sovit.analysis.report.words import arms_of_star, counted, interval, number, percent
 
 NOT_RECORDED = "not recorded"
 
@@ -49,7 +49,7 @@ def arms_of(fit: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Title -> entry of everything in a fit that has the parts of an arm: the arms of a star, the line of a diagonal."""
     if fit["kind"] == "diagonal":
         return {"G": fit["arm"]} if fit.get("arm") else {}
-    return {name: fit["arms"][arm] for arm, name in ARMS.items() if (fit.get("arms") or {}).get(arm)}
+    return {name: fit["arms"][arm] for arm, name in arms_of_star(fit).items() if (fit.get("arms") or {}).get(arm)}
 
 
 def _fit(fit: dict[str, Any]) -> dict[str, str | None]:
@@ -92,8 +92,9 @@ def _law(fit: dict[str, Any]) -> str | None:
 def _points(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, str | None]:
     points = fit.get("points") or []
     used = [point for point in points if point["used"]]
-    shapes = {tuple(point[arm] for arm in ARMS) for point in points}
-    sizes = [f"{name} {', '.join(map(str, sorted({point[arm] for point in points})))}" for arm, name in ARMS.items()]
+    names = arms_of_star(fit)
+    shapes = {tuple(point[arm] for arm in names) for point in points}
+    sizes = [f"{name} {', '.join(map(str, sorted({point[arm] for point in points})))}" for arm, name in names.items()]
     seeds = sorted({str(point["seed"]) for point in points})
     weights = sorted({word for run in runs for row in run.get("metrics") or [] for word in row["weights"]})
     reasons = [f"{counted(count, 'point')}: {why}" for why, count, _ in left_out(fit)]

@@ -25,7 +25,8 @@ from sovit.analysis.report.document import (
     section,
     table,
 )
-from sovit.analysis.report.words import ARMS, counted, listed, number, shape
+from sovit.analysis.report.words import arms_of_star, counted, listed, number, shape
+from sovit.families import FAMILIES
 
 
 def contents(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Document:
@@ -48,13 +49,14 @@ def star(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Document:
         *_figures(fit, runs),
         sections.checks(fit),
         _minima(fit),
-        sections.fitted({name: fit["arms"].get(arm) or {} for arm, name in ARMS.items()}, fit),
+        sections.fitted({name: fit["arms"].get(arm) or {} for arm, name in arms_of_star(fit).items()}, fit),
         *sections.endings(fit, runs),
     ]
+    names = arms_of_star(fit)
     lead = (
-        f"Star sweep about the center {shape(fit.get('center'))} (width x depth x MLP dimension); "
-        f"{summary.metric_name(fit)}. For each dimension the best size is taken to grow with compute t as t^s, the other "
-        "two held at the center."
+        f"Star sweep{_family(fit)} about the center {shape(fit.get('center'))} ({' x '.join(names.values())}); "
+        f"{summary.metric_name(fit)}. For each dimension the best size is taken to grow with compute t as t^s, the "
+        f"{'other two' if len(names) == 3 else 'others'} held at the center."
     )
     answer = [*(Cell(text, tone=tone) for tone, text in summary.answer(fit)), *forecast_sentence(fit)]
     return document("star", fit["sweep"], lead, answer, first, parts)
@@ -110,8 +112,13 @@ def _exponents(fit: dict[str, Any]) -> Figure:
     )
 
 
+def _family(fit: dict[str, Any]) -> str:
+    return f" of {FAMILIES[fit['family']].title} models" if fit.get("family") in FAMILIES else ""
+
+
 def _figures(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Section]:
-    arms = [arm for arm in ARMS if any(point["arm"] == arm for point in fit.get("points") or [])]
+    names = arms_of_star(fit)
+    arms = [arm for arm in names if any(point["arm"] == arm for point in fit.get("points") or [])]
     if not arms:
         return []
     known = summary.baselines_in_words(fit, runs)
@@ -138,7 +145,7 @@ def _figures(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Sectio
         "shows as lines that cross, small sizes leading at first and falling behind later."
         + (f" Dotted: {known}." if known else ""),
         tuple(
-            (f"compute-{arm}", f"Error against compute, one line for each run of the {ARMS[arm]} arm.") for arm in arms
+            (f"compute-{arm}", f"Error against compute, one line for each run of the {names[arm]} arm.") for arm in arms
         ),
     )
     optimum = Figure(
@@ -157,7 +164,7 @@ def _figures(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Sectio
         "residuals",
         "How far every fitted point lies from its arm's law, one column a run; the bar is the run's mean. A run that sits "
         "off as a whole is the run's own luck or tuning; a bow from column to column is a law that does not follow the arm.",
-        tuple((f"residuals-{arm}", f"Residuals of the {ARMS[arm]} arm by run, in percent.") for arm in with_law),
+        tuple((f"residuals-{arm}", f"Residuals of the {names[arm]} arm by run, in percent.") for arm in with_law),
         marks,
     )
     parts = [
@@ -175,7 +182,7 @@ def _slices_label(fit: dict[str, Any], arm: str) -> str:
     minima = fit["arms"][arm].get("minima") or []
     levels = figures.slices(fit)
     ends = f"{number(levels[0])} to {number(levels[-1])} GFLOPs"
-    said = f"Error against {ARMS[arm]} at {counted(len(levels), 'compute')}, {ends}."
+    said = f"Error against {arms_of_star(fit)[arm]} at {counted(len(levels), 'compute')}, {ends}."
     if minima:
         ordered = sorted(minima, key=lambda minimum: minimum["t_gflops"])
         said += f" The lowest error is at {listed([str(minimum['x']) for minimum in ordered])}, by increasing compute."
@@ -185,18 +192,18 @@ def _slices_label(fit: dict[str, Any], arm: str) -> str:
 def _optimum_label(fit: dict[str, Any], arm: str) -> str:
     best = [m["law_x"] for m in sorted(fit["arms"][arm]["minima"], key=lambda m: m["t_gflops"]) if m.get("law_x")]
     said = f": the law's optimum goes from {number(best[0])} to {number(best[-1])}" if best else ""
-    return f"Best {ARMS[arm]} against compute{said}."
+    return f"Best {arms_of_star(fit)[arm]} against compute{said}."
 
 
 def _center(fit: dict[str, Any]) -> Section:
     rows = summary.center_checks(fit)
     if not rows:
         return section("center", "The held-out center")
-    arms = [arm for arm in ARMS if arm in rows[0]["predicted"]]
+    arms = [arm for arm in arms_of_star(fit) if arm in rows[0]["predicted"]]
     columns = (
         Column("t_gflops", "t, GFLOPs", True),
         Column("measured", "measured", True),
-        *(Column(arm, f"{ARMS[arm]}'s law", True) for arm in arms),
+        *(Column(arm, f"{arms_of_star(fit)[arm]}'s law", True) for arm in arms),
         Column("fitted", "fitted there"),
     )
     cells = [
@@ -230,7 +237,7 @@ def _minima(fit: dict[str, Any]) -> Section:
     )
     rows = [
         (Cell(name), *sections.minimum_cells(minimum))
-        for arm, name in ARMS.items()
+        for arm, name in arms_of_star(fit).items()
         for minimum in sorted((fit["arms"].get(arm) or {}).get("minima") or [], key=lambda one: one["t_gflops"])
     ]
     folded = counted(len(rows), "minimum").replace("minimums", "minima") if len(rows) > 24 else ""

@@ -31,7 +31,7 @@ from sovit.analysis.report.drawing import (
     tips,
 )
 from sovit.analysis.report.linear import optimum_band
-from sovit.analysis.report.words import ARMS, count, exponent, number
+from sovit.analysis.report.words import ARMS, arms_of_star, count, exponent, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,11 +52,12 @@ def exponents(fit: dict[str, Any]) -> Figure:
     with style():
         figure = Figure(figsize=(4.1, 2.85), layout="constrained")
         axis = figure.subplots()
-        found = {arm: fit["arms"].get(arm) for arm in ARMS}
+        names = arms_of_star(fit)
+        found = {arm: fit["arms"].get(arm) for arm in names}
         known = {arm: entry for arm, entry in found.items() if entry and entry["identified"] and entry["s"]}
         low, high = _exponent_range(list(known.values()))
         axis.set_xlim(low, high)
-        for row, arm in enumerate(ARMS):
+        for row, arm in enumerate(names):
             entry = known.get(arm)
             if entry is None:
                 axis.text(low + 0.02 * (high - low), -row, "not identified", va="center", color=SOFT, style="italic")
@@ -74,8 +75,8 @@ def exponents(fit: dict[str, Any]) -> Figure:
             if parabola:
                 ends = {"estimate": parabola["slope"], "lo": parabola["lo"], "hi": parabola["hi"]}
                 _whisker(axis, -row - 0.33, ends, BLUE, 1.2, "D", "parabola")
-        axis.set_yticks([-row for row in range(len(ARMS))], list(ARMS.values()))
-        axis.set_ylim(-len(ARMS) + 0.5, 0.55)
+        axis.set_yticks([-row for row in range(len(names))], list(names.values()))
+        axis.set_ylim(-len(names) + 0.5, 0.55)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="y", visible=False)
         axis.spines["left"].set_visible(False)
@@ -87,9 +88,10 @@ def exponents(fit: dict[str, Any]) -> Figure:
         return figure
 
 
-def error_by_dimension(fit: dict[str, Any], arms: Sequence[str] = tuple(ARMS)) -> Figure:
+def error_by_dimension(fit: dict[str, Any], arms: Sequence[str] | None = None) -> Figure:
     """Error against each dimension along isocompute slices, with the fitted law: one panel an arm."""
     with style():
+        arms = arms or tuple(arms_of_star(fit))
         figure, axes = panels(fit, arms)
         levels = slices(fit)
         shown = ramp(levels)
@@ -105,9 +107,10 @@ def error_by_dimension(fit: dict[str, Any], arms: Sequence[str] = tuple(ARMS)) -
         return figure
 
 
-def error_by_compute(fit: dict[str, Any], baselines: dict[str, float], arms: Sequence[str] = tuple(ARMS)) -> Figure:
+def error_by_compute(fit: dict[str, Any], baselines: dict[str, float], arms: Sequence[str] | None = None) -> Figure:
     """Error against compute, one line a run, coloured by its place in the arm; baselines (name -> error) across."""
     with style():
+        arms = arms or tuple(arms_of_star(fit))
         figure, axes = panels(fit, arms)
         points = [point for point in fit.get("points", []) if point["error"] > 0]
         for axis, arm in zip(axes, arms, strict=True):
@@ -121,16 +124,17 @@ def error_by_compute(fit: dict[str, Any], baselines: dict[str, float], arms: Seq
         return figure
 
 
-def optimum_by_compute(fit: dict[str, Any], arms: Sequence[str] = tuple(ARMS)) -> Figure:
+def optimum_by_compute(fit: dict[str, Any], arms: Sequence[str] | None = None) -> Figure:
     """The best size against compute: measured minima, parabola minima and the law's optimum, one panel an arm.
 
     The band is the delta method's for the law's optimum (`linear.optimum_band`), of an identified exponent only.
     """
     with style():
+        arms = arms or tuple(arms_of_star(fit))
         figure, axes = panels(fit, arms)
         for axis, arm in zip(axes, arms, strict=True):
             axis.set_xlabel("compute t, GFLOPs")
-            axis.set_ylabel(f"best {ARMS[arm]}")
+            axis.set_ylabel(f"best {arms_of_star(fit)[arm]}")
             entry = fit["arms"].get(arm)
             if entry and entry.get("minima"):
                 _draw_optimum(axis, fit, arm, entry, entry["minima"])
@@ -215,7 +219,7 @@ def panels(fit: dict[str, Any], arms: Sequence[str]) -> tuple[Figure, list[Axes]
     axes = list(figure.subplots(1, len(arms), squeeze=False)[0])
     for axis, arm in zip(axes, arms, strict=True):
         entry = fit["arms"].get(arm)
-        title = ARMS[arm]
+        title = arms_of_star(fit)[arm]
         if entry and entry["identified"] and entry["s"]:
             title += f":  s = {exponent(entry['s']['estimate'])}"
         elif entry:
@@ -236,7 +240,7 @@ def _draw_slices(
 ) -> None:
     own = [point for point in points if point["arm"] in (arm, None)]
     sizes = sorted({point[arm] for point in own})
-    axis.set_xlabel(ARMS[arm])
+    axis.set_xlabel(arms_of_star(fit)[arm])
     if not sizes:
         return
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}  # drawn together, which is ten times as fast

@@ -9,15 +9,16 @@ import numpy as np
 
 from sovit.analysis.report.drawing import ACCENT, BLUE, GREY, INK, color, log_axis, ramp, style, tips
 from sovit.analysis.report.figures import law_of, nearest, panels, slices
-from sovit.analysis.report.words import ARMS, number
+from sovit.analysis.report.words import arms_of_star, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def residuals_by_run(fit: dict[str, Any], arms: Sequence[str] = tuple(ARMS)) -> Figure:
+def residuals_by_run(fit: dict[str, Any], arms: Sequence[str] | None = None) -> Figure:
     """How far each used point lies from its arm's law, in percent, by run: one column a run, its mean as a bar."""
     with style():
+        arms = arms or tuple(arms_of_star(fit))
         figure, axes = panels(fit, arms)
         shown = ramp(slices(fit))
         for axis, arm in zip(axes, arms, strict=True):
@@ -46,7 +47,7 @@ def residuals_by_run(fit: dict[str, Any], arms: Sequence[str] = tuple(ARMS)) -> 
             axis.axhline(0, color=GREY, linewidth=0.9, zorder=1)
             axis.set_xticks(range(len(runs)), [str(size) for size, _, _ in runs], rotation=45 if len(runs) > 8 else 0)
             axis.grid(axis="x", visible=False)
-            axis.set_xlabel(f"{ARMS[arm]} of the run")
+            axis.set_xlabel(f"{arms_of_star(fit)[arm]} of the run")
             farthest = 1.12 * max(max(map(abs, off.values())), 1.0)
             axis.set_ylim(-farthest, farthest)
         axes[0].set_ylabel("measured, % off the law")
@@ -60,7 +61,8 @@ def center_misses(fit: dict[str, Any]) -> Figure:
     with style():
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axis = figure.subplots()
-        marks = {"width": ("o", ACCENT), "depth": ("s", BLUE), "mlp_dim": ("D", INK)}
+        marks = {"width": ("o", ACCENT), "depth": ("s", BLUE), "mlp_dim": ("D", INK), "token_dim": ("^", GREY)}
+        names = arms_of_star(fit)
         every: list[float] = []
         noise: dict[float, float] = {}
         for arm, (marker, ink) in marks.items():
@@ -69,7 +71,7 @@ def center_misses(fit: dict[str, Any]) -> Figure:
                 continue
             t = [row["t_gflops"] for row in checks]
             off = [100 * (row["predicted"] / row["measured"] - 1) for row in checks]
-            axis.plot(t, off, marker=marker, color=ink, markersize=4.5, linewidth=1.3, label=f"{ARMS[arm]}'s law",
+            axis.plot(t, off, marker=marker, color=ink, markersize=4.5, linewidth=1.3, label=f"{names[arm]}'s law",
                       gid=None)  # fmt: skip
             every += t
             noise |= {row["t_gflops"]: 100 * (row["measured_stderr"] or 0) / row["measured"] for row in checks}

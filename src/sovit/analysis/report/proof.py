@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sovit.analysis.proof.rivals import NEIGHBOUR, PREDICTED
+from sovit.analysis.proof.rivals import CONVENTIONAL, NEIGHBOUR, PREDICTED, PUBLISHED, SAME_PARAMETERS
 from sovit.analysis.report import drawing
 from sovit.analysis.report.document import (
     Cell,
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 PICTURE = "fit.png"
+_WHO = {
+    CONVENTIONAL: "conventional proportions with heads of 64",
+    SAME_PARAMETERS: "conventional proportions of its size",
+    PUBLISHED: "the published exponents",
+    NEIGHBOUR: "its best neighbour",
+}
+_PANELS = {
+    "ends": "error at the budget, by shape: each seed, the mean and its interval",
+    "ways": "error against compute",
+}
 
 
 def write(found: dict[str, Any], out: Path) -> Path:
@@ -40,21 +50,21 @@ def write(found: dict[str, Any], out: Path) -> Path:
     picture = _picture(found)
     drawing.png(picture, out / PICTURE)
     (out / JSON).write_text(json.dumps(as_json(made), indent=1) + "\n", encoding="utf-8")
-    (out / MARKDOWN).write_text(markdown(made, "proof"), encoding="utf-8")
-    label = "error at equal compute, by shape, and error against compute"
+    (out / MARKDOWN).write_text(markdown(made, "figure"), encoding="utf-8")
     path = out / PAGE
-    path.write_text(page(made, {"proof": drawing.svg(picture, "proof", label)}), encoding="utf-8")
+    drawn = {name: drawing.svg(_picture(found, (name,)), name, label) for name, label in _PANELS.items()}
+    path.write_text(page(made, drawn), encoding="utf-8")
     return path
 
 
 def text(found: dict[str, Any]) -> str:
     """The result for the terminal, at most 100 columns."""
-    header = ("", "shape", "parameters", "GFLOPs/image", "seeds", "error", "over predicted", "verdict")
+    header = ("", "shape", "parameters", "GFLOPs", "error", "over predicted", "verdict")
     rows = [header]
     for row in found["rows"]:
         rows.append((
             row["role"], shape(row["shape"]), f"{row['num_params']:,}", number(row["forward_gflops"]),
-            str(row["num_seeds"]), _error(row), _ratio(row), _verdict(row),
+            _error(row), _ratio(row), _verdict(row),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -76,6 +86,8 @@ def sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
         told.append(("", "The runs do not tell it from " + _listed(open_) + "."))
     if lost:
         told.append(("bad", "The predicted shape LOSES to " + _listed(lost) + "."))
+    least = min((row for row in found["rows"] if row["error"]["estimate"]), key=lambda row: row["error"]["estimate"])
+    told.append(("", f"Least mean error: {least['role']}, {shape(least['shape'])}, {_error(least)}."))
     best = next((row for row in rivals if row["role"] == NEIGHBOUR), None)
     if best is not None and best["ratio"] and best["ratio"]["lo"]:
         most = 1 / best["ratio"]["lo"] - 1
@@ -116,23 +128,25 @@ def _lead(found: dict[str, Any]) -> str:
     reach = f", {far:.3g} times the largest compute of the sweeps" if far else ""
     metric = found["metric"]
     return (
-        f"{found['sweep']}: {metric['shots']}-shot error on {metric['dataset']} at {number(found['t_gflops'], 4)} GFLOPs "
+        f"{found['sweep']}: {metric['shots']}-shot error on {metric['dataset']} at {found['t_gflops']:,.4g} GFLOPs "
         f"each{reach}"
     )
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
-    notes = [
-        f"Intervals are over seeds, simultaneous for all rivals; spread between runs {found['spread']:.1%} on "
-        f"{found['degrees']} degrees of freedom."
-        if found["spread"] is not None
-        else "One seed: no spread between runs is known, so nothing can be told apart."
-    ]
+    seeds = max(row["num_seeds"] for row in found["rows"])
+    notes = ["One seed: no spread between runs is known, so nothing can be told apart."]
+    if found["spread"] is not None:
+        notes = [
+            f"Intervals are over {seeds} seeds, simultaneous for all rivals; spread between runs {found['spread']:.1%} on "
+            f"{found['degrees']} degrees of freedom."
+        ]
     if found["num_test_stderr"]:
         notes.append(
             "All shapes share the test images and the draws of the support, whose own luck (up to "
             f"{found['num_test_stderr']:.3f} of an error) is in no interval."
         )
+    notes.append("GFLOPs are forward, an image; at equal compute a cheaper shape sees more images.")
     notes += [f"{row['role']}: {row['why']}." for row in found["rows"] if row["role"] != PREDICTED]
     notes += [f"{row['role']} has {counted(row['num_seeds'], 'seed')} only." for row in _short(found)]
     notes += [f"left out: {one['run_id']}: {one['reason']}" for one in found["lost"]]
@@ -145,7 +159,9 @@ def _short(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _listed(rows: Sequence[dict[str, Any]]) -> str:
-    named = [f"{row['role']} ({shape(row['shape'])}, {_ratio(row)} times its error)" for row in rows]
+    named = [
+        f"{_WHO.get(row['role'], row['role'])} ({shape(row['shape'])}, {_ratio(row)} times its error)" for row in rows
+    ]
     return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
 
 
@@ -175,7 +191,7 @@ def _document(found: dict[str, Any]) -> Document:
     tone = {True: "", False: "bad", None: "soft"}
     columns = (
         Column("role", ""), Column("shape", "shape"), Column("params", "parameters", True),
-        Column("gflops", "GFLOPs an image", True), Column("images", "images seen", True), Column("seeds", "seeds", True),
+        Column("gflops", "GFLOPs an image", True), Column("seeds", "seeds", True),
         Column("error", "error", True), Column("ratio", "over predicted", True), Column("verdict", "verdict"),
         Column("forecast", "law foretold", True),
     )  # fmt: skip
@@ -183,7 +199,7 @@ def _document(found: dict[str, Any]) -> Document:
         (
             Cell(row["role"]), Cell(shape(row["shape"]), row["shape"], code=True),
             Cell(f"{row['num_params']:,}", row["num_params"]),
-            Cell(number(row["forward_gflops"]), row["forward_gflops"]), Cell(f"{row['images']:,.0f}", row["images"]),
+            Cell(number(row["forward_gflops"]), row["forward_gflops"]),
             Cell(str(row["num_seeds"]), row["num_seeds"]), Cell(_error(row), row["error"]), Cell(_ratio(row), row["ratio"]),
             Cell(_verdict(row), row["predicted_is_better"], tone[row["predicted_is_better"]]),
             Cell(number(row["forecast"]), row["forecast"]),
@@ -212,18 +228,16 @@ def _document(found: dict[str, Any]) -> Document:
         ),
         "The star's exponents",
     )  # fmt: skip
-    figure = Figure(
-        "proof",
-        "Left: error at the budget, each seed and the mean with its interval. Right: error on the way there.",
-        (("proof", "error at equal compute, by shape, and error against compute"),),
-    )
+    caption = "Left: error at the budget, each seed and the mean with its interval. Right: error on the way there."
+    figure = Figure("figure", caption, tuple(_PANELS.items()))
     return document(
         "proof",
         found["sweep"],
         _lead(found) + ". The shape that the sweeps predict, against what people would have picked.",
         [Cell(sentence, tone=tone_) for tone_, sentence in sentences(found)],
-        [proof, figure],
+        [proof],
         [
+            section("errors", "Error at equal compute", figure),
             section("local", "The local grid", around if found["local"] else None),
             section("sweeps", "What the prediction rests on", exponents, *_rests(found)),
             section("notes", "How far to trust it", bullets(_notes(found))),
@@ -243,49 +257,44 @@ def _rests(found: dict[str, Any]) -> list[Paragraph]:
     return [Paragraph(said + ".")]
 
 
-def _picture(found: dict[str, Any]) -> Drawing:
-    """Two panels: every seed's error with the mean's interval by shape, and error against compute."""
+def _picture(found: dict[str, Any], panels: Sequence[str] = tuple(_PANELS)) -> Drawing:
+    """Every seed's error with the mean's interval by shape, and error against compute: one panel or both."""
     from matplotlib.figure import Figure as Drawing
 
     rows = [row for row in found["rows"] if row["error"]["estimate"]]
     colors = _colors(rows)
     with drawing.style():
-        figure = Drawing(figsize=(9.6, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
-        for place, row in enumerate(reversed(rows)):
-            error, color = row["error"], colors[row["role"]]
-            left.plot(
-                list(row["errors"].values()), [place] * len(row["errors"]), "o", color=color, alpha=0.45, markersize=4
-            )
-            if error["lo"]:
-                left.plot(
-                    [error["lo"], error["hi"]],
-                    [place, place],
-                    color=color,
-                    linewidth=3,
-                    solid_capstyle="butt",
-                    alpha=0.6,
-                )
-            left.plot(error["estimate"], place, "D", color=color, markersize=6)
-        left.set_yticks(range(len(rows)), [f"{row['role']}\n{shape(row['shape'])}" for row in reversed(rows)])
-        left.tick_params(axis="y", length=0)
-        left.grid(axis="y", visible=False)
-        left.set_title(f"at {number(found['t_gflops'], 4)} GFLOPs each")
-        left.set_xlabel(f"{found['metric']['shots']}-shot error")
-        ends = [
-            value
-            for row in rows
-            for value in (*row["errors"].values(), row["error"]["lo"], row["error"]["hi"])
-            if value
-        ]
-        drawing.log_axis(left.xaxis, min(ends) / 1.08, min(1.0, max(ends) * 1.08))
-        _curves(right, rows, colors)
+        figure = Drawing(figsize=(5.2 * len(panels), 3.7), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, name in zip(axes, panels, strict=True):
+            (_ends if name == "ends" else _ways)(axis, found, rows, colors)
     return figure
 
 
-def _curves(axis: Any, rows: Sequence[dict[str, Any]], colors: dict[str, str]) -> None:
+def _ends(axis: Any, found: dict[str, Any], rows: Sequence[dict[str, Any]], colors: dict[str, str]) -> None:
+    for place, row in enumerate(reversed(rows)):
+        error, color = row["error"], colors[row["role"]]
+        if error["lo"]:
+            axis.plot(
+                [error["lo"], error["hi"]], [place] * 2, color=color, linewidth=3, solid_capstyle="butt", alpha=0.5
+            )
+        axis.plot(list(row["errors"].values()), [place] * len(row["errors"]), "|", color=color, markersize=9)
+        axis.plot(error["estimate"], place, "D", color=color, markersize=6)
+    axis.set_yticks(range(len(rows)), [f"{row['role']}\n{shape(row['shape'])}" for row in reversed(rows)])
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    axis.set_title(f"at {found['t_gflops']:,.4g} GFLOPs each")
+    axis.set_xlabel(f"{found['metric']['shots']}-shot error")
+    ends = [
+        value for row in rows for value in (*row["errors"].values(), row["error"]["lo"], row["error"]["hi"]) if value
+    ]
+    drawing.log_axis(axis.xaxis, min(ends) / 1.08, min(1.0, max(ends) * 1.08))
+
+
+def _ways(axis: Any, found: dict[str, Any], rows: Sequence[dict[str, Any]], colors: dict[str, str]) -> None:
     points = [point for row in rows for point in row["curve"]]
-    for row in rows:
+    for row in reversed(rows):  # the predicted one on top
         axis.plot(
             [point["t_gflops"] for point in row["curve"]], [point["error"] for point in row["curve"]],
             color=colors[row["role"]], marker="o", markersize=3.5, linewidth=2.2 if row["role"] == PREDICTED else 1.3,
@@ -293,11 +302,13 @@ def _curves(axis: Any, rows: Sequence[dict[str, Any]], colors: dict[str, str]) -
         )  # fmt: skip
     axis.set_title("on the way there")
     axis.set_xlabel("compute t, GFLOPs")
+    axis.set_ylabel(f"{found['metric']['shots']}-shot error")
     if points:
         times, errors = [point["t_gflops"] for point in points], [point["error"] for point in points]
         drawing.log_axis(axis.xaxis, min(times) / 1.1, max(times) * 1.1)
         drawing.log_axis(axis.yaxis, min(errors) / 1.08, min(1.0, max(errors) * 1.08))
-        axis.legend(loc="best")
+        handles, labels = axis.get_legend_handles_labels()
+        axis.figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=3, handlelength=1.4)
 
 
 def _colors(rows: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -15,7 +15,8 @@ from typing import Any
 from sovit.analysis.report.figures import law_of, max_error
 from sovit.analysis.report.linear import pull
 from sovit.analysis.report.words import (
-    ARMS,
+    MIXER_ARMS,
+    arms_of_star,
     count,
     counted,
     exponent,
@@ -55,7 +56,7 @@ def level(fit: dict[str, Any]) -> str:
 def headline(fit: dict[str, Any]) -> list[dict[str, Any]]:
     """One row an arm, in words: the exponent, what it rests on and a verdict, or why there is no exponent."""
     rows = []
-    for arm, name in ARMS.items():
+    for arm, name in arms_of_star(fit).items():
         entry = fit["arms"].get(arm)
         if not entry:
             rows.append({"arm": arm, "name": name, "identified": False, "why": "the sweep has no runs of this arm"})
@@ -205,7 +206,7 @@ def blind_spots(fit: dict[str, Any]) -> list[str]:
     if fit["kind"] != "star":
         return [said]
     moves = []
-    for arm, name in ARMS.items():
+    for arm, name in arms_of_star(fit).items():
         entry = (fit.get("arms") or {}).get(arm)
         found = pull(arm, entry, fit["points"]) if entry and entry["identified"] and entry["s"] else {}
         if found:
@@ -238,16 +239,16 @@ def trust(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
             "The choice of cut-off (errors above it are not fitted) is not in the intervals; its range stands beside them."
         )
     if fit.get("shared"):
-        notes.append(_shared(fit["shared"]))
+        notes.append(_shared(fit["shared"], arms_of_star(fit)))
     simulated = SIMULATED in notes
     if not simulated and any((run.get("config") or {}).get("data", {}).get("name") == "fractals" for run in runs):
         notes.append(EMBEDDED["grid" if kind == "grid" else "star"])
     return notes
 
 
-def _shared(found: dict[str, Any]) -> str:
+def _shared(found: dict[str, Any], names: dict[str, str]) -> str:
     """The exponents of all arms fitted together, and whether the data allow it."""
-    each = ", ".join(f"{ARMS[arm]} {exponent(one['estimate'])} {interval(one)}" for arm, one in found["s"].items())
+    each = ", ".join(f"{names[arm]} {exponent(one['estimate'])} {interval(one)}" for arm, one in found["s"].items())
     verdict = "which the data reject" if found["p"] <= 0.05 else "which the data allow"
     return f"With {listed(found['shared'])} in common, {verdict} (p = {number(found['p'], 2)}): {each}."
 
@@ -280,7 +281,7 @@ def by_seed(fit: dict[str, Any]) -> str:
     """The exponents that each seed gives on its own, or "" for one seed."""
     words = [
         f"seed {seed}: "
-        + ", ".join(f"{ARMS[arm]} {exponent(s['estimate'] if s else None)}" for arm, s in found.items())
+        + ", ".join(f"{arms_of_star(fit)[arm]} {exponent(s['estimate'] if s else None)}" for arm, s in found.items())
         for seed, found in (fit.get("by_seed") or {}).items()
     ]
     return "; ".join(words) if len(words) > 1 else ""
@@ -289,7 +290,7 @@ def by_seed(fit: dict[str, Any]) -> str:
 def center_checks(fit: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a compute: the measured error of the held-out center and each arm's prediction with its relative miss."""
     rows: dict[float, dict[str, Any]] = {}
-    for arm in ARMS:
+    for arm in arms_of_star(fit):
         for check in (fit.get("arms", {}).get(arm) or {}).get("center_check") or []:
             t = check["t_gflops"]
             row = rows.setdefault(t, {"t": number(t), "used_range": check["used_range"], "predicted": {}})
@@ -339,7 +340,7 @@ def run_rows(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[dict[s
     for point in sorted(fit.get("points", []), key=lambda point: point["t_gflops"]):
         last[point["run_id"]] = point
     rows = []
-    for run in sorted(runs, key=lambda run: [*(run.get(arm) or 0 for arm in ARMS), run.get("seed") or 0]):
+    for run in sorted(runs, key=lambda run: [*(run.get(arm) or 0 for arm in MIXER_ARMS), run.get("seed") or 0]):
         point = last.get(run["run_id"])
         rows.append(
             {

@@ -7,6 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 ARMS = {"width": "width", "depth": "depth", "mlp_dim": "MLP dimension"}
+MIXER_ARMS = {
+    "width": "width",
+    "depth": "depth",
+    "token_dim": "token MLP dimension",
+    "mlp_dim": "channel MLP dimension",
+}
+
+
+def arms_of_star(fit: dict[str, Any]) -> dict[str, str]:
+    """Dimension -> its name, of the family that a star is of."""
+    return MIXER_ARMS if "token_dim" in (fit.get("center") or ()) else ARMS
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -71,8 +82,10 @@ def time(seconds: float | None) -> str:
 
 
 def shape(sizes: dict[str, Any] | None) -> str:
-    """width x depth x MLP dimension of a dict with these keys, as 32x4x128; '-' for None."""
-    return "x".join(str(sizes.get(arm, "?")) for arm in ARMS) if sizes else "-"
+    """width x depth x MLP dimension of a dict with these keys, as 32x4x128, a Mixer's as 32x4x16x128; '-' for None."""
+    if not sizes:
+        return "-"
+    return "x".join(str(sizes.get(arm, "?")) for arm in (MIXER_ARMS if "token_dim" in sizes else ARMS))
 
 
 def listed(names: Sequence[str]) -> str:
