@@ -24,7 +24,7 @@ FLOORS = [
     ["sovit.schema", "sovit.config", "sovit.records", "sovit.claims"],
     ["sovit.analysis"],
     ["sovit.launch"],
-    ["sovit.data", "sovit.models", "sovit.fewshot", "sovit.optim", "sovit.adafactor"],
+    ["sovit.data", "sovit.models", "sovit.fewshot", "sovit.optim", "sovit.adafactor", "sovit.objectives"],
     ["sovit.lit"],
     ["sovit.downstream", "sovit.bench", "sovit.ship"],
     ["sovit.launch.preload", "sovit.train", "sovit.cli"],

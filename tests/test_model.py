@@ -7,7 +7,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sovit.models.vit import INITS, build_vit, features, init_weights, sincos2d
+from sovit.models.initial import INITS
+from sovit.models.vit import build_vit, features, init_weights, sincos2d
 from sovit.shape import NAMED, Shape
 
 TINY = Shape(32, 4, 128, 4, 8)

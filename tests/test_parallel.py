@@ -269,7 +269,7 @@ def test_an_export_is_what_one_process_would_have_written(kind: str, cells: Cell
     from safetensors.torch import load_file
 
     from sovit.config import compose
-    from sovit.lit.export import export
+    from sovit.ship.export import export
     from sovit.lit.fit import build_model
 
     source = alone if kind == "alone" else cells.done("sharded", *FSDP, world=2)
@@ -290,7 +290,7 @@ def test_an_export_is_what_one_process_would_have_written(kind: str, cells: Cell
 
 
 def test_a_run_goes_on_from_an_exported_checkpoint(cells: Cells, alone: Path) -> None:
-    from sovit.lit.export import export
+    from sovit.ship.export import export
 
     assert cells.run("exported", *FSDP, world=2, stop_after=4) == [75, 75]
     directory = cells.directory("exported")

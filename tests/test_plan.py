@@ -11,14 +11,16 @@ from rich.console import Console
 
 from sovit import records
 from sovit.config import ConfigError, compose
+from sovit.families import activations
 from sovit.launch import plan as planning
 from sovit.launch.devices import visible_gpus
 from sovit.launch.local.display import time_left
-from sovit.launch.plan import CPU, GPU, Plan, gactivations, makespan, plan, timed
+from sovit.launch.plan import CPU, GPU, Plan, makespan, plan, timed
 from sovit.launch.plan_table import plan_document, plan_table
 from sovit.launch.state import CellState
 from sovit.launch.sweep import SweepError, load_sweep
 from sovit.launch.tables import count_text, duration_text
+from sovit.shape import Shape
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 CENTER = ["shape=32x4x128", "durations.first=2 gflops", "durations.last=8 gflops", "durations.num=3"]
@@ -105,7 +107,7 @@ def test_finished_runs_do_not_correct_a_measurement(tmp_path: Path) -> None:
 
 def test_activations_cost_time_too() -> None:
     """A block of width 32 and MLP 128 with 4 tokens has 4 x (128 + 4 x 32) of them."""
-    assert gactivations(32, 3, 128, 4) == pytest.approx(3 * 4 * 256e-9)
+    assert activations(Shape(32, 3, 128, 4, 8), 16) == 3 * 4 * 256
     slow = dataclasses.replace(CPU, activation_s=2.0, eval_activation_s=3.0)
     more = slow.seconds(4, 10, 128, 2, 1e-3, 5e-6) - CPU.seconds(4, 10, 128, 2, 1e-3, 5e-6)
     assert more == pytest.approx(10 * 128 * 5e-6 * 2.0 + 2 * planning.EVAL_IMAGES * 5e-6 * 3.0)

@@ -18,7 +18,8 @@ from sovit.config import compose, model_geometry, model_options
 from sovit.data.fractals import FractalWorld
 from sovit.data.stream import FractalDataset
 from sovit.flops import BLOCKS, NORMS, POOLS, VIT22B, forward_flops, num_params
-from sovit.models.vit import INITS, build_vit, init_weights
+from sovit.models.initial import INITS
+from sovit.models.vit import build_vit, init_weights
 from sovit.optim import build_optimizer, param_groups
 from sovit.records import config_hash
 from sovit.shape import Shape, parse_shape

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from sovit.config import compose, shape_of
+from sovit.launch.plan import plan
 from sovit.launch.sweep import SweepError, load_sweep, metric_of
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
@@ -52,7 +53,8 @@ def write(path: Path, body: str, head: str = HEAD) -> Path:
 
 def test_every_shipped_file_is_tested_here() -> None:
     assert {file.stem for file in FILES} == {
-        "star_smoke", "star_tiny", "star", "grid_tiny", "grid", "diagonal_tiny", "diagonal", "lr_check",
+        "star_smoke", "star_tiny", "star_quick", "star", "grid_tiny", "grid_quick", "grid", "diagonal_tiny", "diagonal",
+        "lr_check", "star_mixer_tiny", "star_swin_tiny", "star_sigmoid",
     }  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def test_the_published_sweeps_have_16_heads_and_patch_14(name: str) -> None:
         assert (shape.width, shape.depth, shape.mlp_dim) in dimensions(name)
 
 
-@pytest.mark.parametrize("name", ["star_tiny", "star_smoke"])
+@pytest.mark.parametrize("name", ["star_tiny", "star_smoke", "star_quick"])
 def test_a_tiny_star_varies_one_dimension_at_a_time_on_both_sides_of_its_center(name: str) -> None:
     center, found = arms(name)
     for value, values in zip(center, found.values(), strict=True):
@@ -90,8 +92,9 @@ def test_a_tiny_star_varies_one_dimension_at_a_time_on_both_sides_of_its_center(
     assert all(width % 4 == 0 for width, _, _ in dimensions(name))  # four heads at every width
 
 
-def test_the_tiny_grid_is_a_full_product() -> None:
-    found = dimensions("grid_tiny")
+@pytest.mark.parametrize("name", ["grid_tiny", "grid_quick"])
+def test_a_tiny_grid_is_a_full_product(name: str) -> None:
+    found = dimensions(name)
     axes = [sorted({values[i] for values in found}) for i in range(3)]
     assert len(set(found)) == len(found) == len(axes[0]) * len(axes[1]) * len(axes[2])
     assert min(map(len, axes)) >= 3  # a winner inside the grid is possible in every dimension
@@ -242,7 +245,16 @@ def test_what_yaml_would_read_as_something_else_is_refused(tmp_path: Path, body:
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_metric_of_an_unknown_data_set_is_refused(tmp_path: Path) -> None:
-    body = HEAD.replace("fractals", "fractal") + "parameters: {seed: {value: 0}}\n"
-    with pytest.raises(SweepError, match=r"did you mean 'fractals'\?"):
-        load_sweep(write(tmp_path, body, head=""))
+def test_a_metric_that_no_cell_logs_is_refused(tmp_path: Path) -> None:
+    """Also one of a folder's images is a metric: whether it is logged is known once the cells are composed."""
+    for wrong, right in (
+        ("fractal_10shot", r"did you mean 'fractals'\?"),
+        ("fractals_7shot", r"eval.shots are 1, 5, 10, 25"),
+    ):
+        body = HEAD.replace("fractals_10shot", wrong) + "parameters: {seed: {value: 0}}\n"
+        with pytest.raises(SweepError, match=right):
+            plan(load_sweep(write(tmp_path, body, head="")))
+    with pytest.raises(SweepError, match="not one that runs log"):
+        load_sweep(
+            write(tmp_path, HEAD.replace("fractals_10shot", "fractals") + "parameters: {seed: {value: 0}}\n", head="")
+        )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sovit import duration
+from sovit.families import ARGUMENTS, EXAMPLES, FAMILIES, VIT
 from sovit.flops import check_pos_embed, forward_gflops
 from sovit.overrides import check_input, groups_of
 from sovit.schedule import segments
@@ -21,15 +22,18 @@ from sovit.schema import (
     CHOICES,
     EVAL_DATASETS,
     KEYS_OF_FILES,
+    KEYS_OF_LOSS,
     LARGEST_EMBEDDED,
     NOT_NEGATIVE,
     POSITIVE,
     RANGES,
     DataConfig,
+    ModelConfig,
+    OptimConfig,
     ParallelConfig,
     RunConfig,
 )
-from sovit.shape import NAMED, Shape, num_patches, parse_shape
+from sovit.shape import NAMED, AnyShape, Shape, num_patches, parse_shape
 from sovit.strict import ConfigError, build, keys_of, nearest, shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -126,11 +130,16 @@ def check(cfg: RunConfig) -> None:
             )
     if not cfg.runs_dir.strip():
         raise ConfigError("runs_dir is empty; give the folder that the records of all sweeps go to, such as runs.")
-    if cfg.center is not None and not (re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", cfg.center) or cfg.center in NAMED):
-        raise ConfigError(f"center={cfg.center!a} is no shape; write WIDTHxDEPTHxMLP such as 32x4x128, or null.")
+    family = FAMILIES[cfg.model.family]
+    example = "x".join(r"[1-9]\d*" for _ in family.dimensions)
+    if cfg.center is not None and not (re.fullmatch(example, cfg.center) or cfg.center in family.named):
+        such = "x".join(map(str, EXAMPLES[family.name]))
+        raise ConfigError(f"center={cfg.center!a} is no shape; write {family.form} such as {such}, or null.")
+    check_family(cfg)
     if not re.fullmatch(r"[A-Za-z0-9_.+-]*", cfg.retry_of):
         raise ConfigError(f"retry_of={cfg.retry_of!a} is no run id; leave it empty.")
     check_data(cfg)
+    check_objective(cfg)
     if min(cfg.eval.shots) < 1:
         raise ConfigError(f"eval.shots={cfg.eval.shots} needs whole numbers of at least 1.")
     if isinstance(cfg.eval.l2_reg, str) and cfg.eval.l2_reg != "loo":
@@ -158,6 +167,31 @@ def check(cfg: RunConfig) -> None:
     check_parallel(cfg.parallel, cfg.trainer.global_batch_size, cfg.trainer.precision)
     if cfg.schedule.kind == "cosine" and len(steps) > 1:
         raise ConfigError("schedule.kind=cosine bends towards one duration; for several use rsqrt or constant.")
+
+
+def check_family(cfg: RunConfig) -> None:
+    """Raise ConfigError for a key of ``model`` that its family does not read, and for what is for ViTs only."""
+    model, family, default = cfg.model, FAMILIES[cfg.model.family], ModelConfig()
+    for key in ARGUMENTS:
+        value = getattr(model, key)
+        if key not in family.arguments and value != getattr(default, key):
+            readers = " and ".join(other.name for other in FAMILIES.values() if key in other.arguments)
+            raise ConfigError(
+                f"model.{key}={value} has no effect on model.family={family.name}; it is for {readers}, "
+                f"so write {'null' if getattr(default, key) is None else getattr(default, key)}."
+            )
+    if family.name == VIT:
+        return
+    if cfg.parallel.kind == "fsdp":
+        raise ConfigError(
+            f"parallel.kind=fsdp is for model.family=vit; with {family.name} write parallel=single or parallel=ddp."
+        )
+    if cfg.parallel.checkpointing in ("selective", "full"):
+        raise ConfigError(
+            f"parallel.checkpointing={cfg.parallel.checkpointing} is for model.family=vit; write auto or none."
+        )
+    if cfg.parallel.compile:
+        raise ConfigError("parallel.compile=true is for model.family=vit; write null or false.")
 
 
 def check_data(cfg: RunConfig) -> None:
@@ -206,6 +240,54 @@ def check_data(cfg: RunConfig) -> None:
         names[name] = dataset
 
 
+def check_objective(cfg: RunConfig) -> None:
+    """Raise ConfigError for an objective that has no meaning here. Reads no file: what a teacher is shows at the start."""
+    optim, default = cfg.optim, OptimConfig()
+    for key, loss in KEYS_OF_LOSS.items():
+        value = getattr(optim, key)
+        if value != getattr(default, key) and optim.loss != loss:
+            raise ConfigError(f"optim.{key}={value} has no effect on optim.loss={optim.loss}; write optim.loss={loss}.")
+    if optim.loss == "distilled" and not (optim.teacher or "").strip():
+        raise ConfigError(
+            "optim.teacher has no value; optim.loss=distilled needs a run's folder that keeps its last resume point "
+            "(trainer.keep_checkpoint=true), or a .safetensors that sovit export wrote."
+        )
+    if optim.loss != "masked":
+        return
+    if cfg.model.family != VIT:
+        raise ConfigError(
+            f"optim.loss=masked is for model.family=vit; model.family={cfg.model.family} has no patch tokens."
+        )
+    if cfg.model.pool != "avg":
+        raise ConfigError(
+            f"optim.loss=masked trains patch tokens, and model.pool={cfg.model.pool} would be left as it was drawn; "
+            "write model.pool=avg."
+        )
+    if cfg.data.mixup:
+        raise ConfigError(f"data.mixup={cfg.data.mixup} mixes labels, which optim.loss=masked does not read; write 0.")
+    try:
+        found = num_patches(cfg.model.image_size, shape_of(cfg).patch_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not 1 <= num_hidden(cfg) < found:
+        raise ConfigError(
+            f"optim.mask_ratio={optim.mask_ratio} of {found} patches hides none or all of them; "
+            "choose it so that some are hidden and some are seen."
+        )
+
+
+def num_hidden(cfg: RunConfig) -> int:
+    """How many patches of an image optim.loss=masked hides: the nearest whole number, a half rounded up."""
+    return int(cfg.optim.mask_ratio * num_patches(cfg.model.image_size, shape_of(cfg).patch_size) + 0.5)
+
+
+def num_outputs(cfg: RunConfig) -> int:
+    """What the model's last layer tells: a number for each class or, optim.loss=masked, for each pixel of a patch."""
+    if cfg.optim.loss == "masked":
+        return cfg.model.channels * shape_of(cfg).patch_size ** 2
+    return cfg.data.num_classes
+
+
 def fewshot_name(dataset: str) -> str:
     """What the results on an entry of eval.datasets are called: the last part of its path."""
     return dataset.rstrip("/").rpartition("/")[2]
@@ -252,7 +334,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def shape_of(cfg: RunConfig) -> Shape:
+def shape_of(cfg: RunConfig) -> AnyShape:
     """The shape a configuration asks for: `shape`, with single dimensions of `model` put in. Raises ValueError.
 
     A named shape brings its own heads unless model.num_heads is given, and its patch size when written NAME/PATCH.
@@ -260,6 +342,10 @@ def shape_of(cfg: RunConfig) -> Shape:
     model = cfg.model
     if model.num_heads is not None and model.head_dim is not None:
         raise ConfigError(f"model.num_heads={model.num_heads} and model.head_dim={model.head_dim}: give one of them.")
+    if model.family != VIT:
+        family = FAMILIES[model.family]
+        keys = {key for key in (*family.dimensions, *family.arguments, "patch_size") if key != "head_dim"}
+        return family.make(cfg.shape, head_dim=model.head_dim, **{key: getattr(model, key) for key in keys})
     text = str(cfg.shape).strip()
     name, slash, _ = text.partition("/")
     patch = None if slash else model.patch_size
@@ -281,6 +367,14 @@ def shape_of(cfg: RunConfig) -> Shape:
     )
 
 
+def vit_shape_of(cfg: RunConfig, what: str) -> Shape:
+    """The shape of a ViT. Raises ConfigError for another family, for which there is no ``what``."""
+    shape = shape_of(cfg)
+    if not isinstance(shape, Shape):
+        raise ConfigError(f"model.family={cfg.model.family}: there is no {what} for it yet, only for ViTs.")
+    return shape
+
+
 def model_geometry(cfg: RunConfig) -> dict[str, Any]:
     """The arguments beside the shape that parameters and FLOPs depend on, as sovit.flops takes them."""
     return {
@@ -293,6 +387,8 @@ def model_geometry(cfg: RunConfig) -> dict[str, Any]:
 
 def model_options(cfg: RunConfig) -> dict[str, Any]:
     """The arguments beyond `model_geometry` that parameters depend on, but not FLOPs, as sovit.flops takes them."""
+    if cfg.model.family != VIT:
+        return {}
     return {
         "pos_embed": cfg.model.pos_embed,
         "block": cfg.model.block,

@@ -9,11 +9,13 @@ products for every one of the forward pass (a hair less, because the image needs
 Patches are the whole ones only, floor(image_size / patch_size)^2, as a VALID convolution cuts them: So400m/14 at 384
 pixels has 27 x 27 tokens, and the last 6 pixels of each side go unseen. Building a model is stricter
 (``models.vit``): there the image must divide into patches.
+
+A shape of another family (`sovit.families`) says its own groups, by the same conventions; its options are fewer.
 """
 
 from __future__ import annotations
 
-from sovit.shape import Shape
+from sovit.shape import AnyShape, Shape
 
 POOLS = ("map", "avg", "token")
 POS_EMBEDS = ("learned", "sincos2d")
@@ -25,7 +27,7 @@ VIT22B: dict[str, str | bool] = {"block": "parallel", "qk_norm": True, "qkv_bias
 
 
 def forward_flops(
-    shape: Shape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0
+    shape: AnyShape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0
 ) -> dict[str, int]:
     """Forward FLOPs per image, by group; the sum of the values is the total.
 
@@ -35,6 +37,9 @@ def forward_flops(
     keys, and leaving out biases change nothing here. Raises ValueError for an image smaller than a patch, or an
     unknown pool.
     """
+    if not isinstance(shape, Shape):
+        _check_sizes(image_size, channels, num_classes)
+        return shape.forward_flops(image_size, channels=channels, pool=pool, num_classes=num_classes)
     patches = _whole_patches(shape, image_size, channels, pool, num_classes)
     width, depth, mlp_dim = shape.width, shape.depth, shape.mlp_dim
     tokens = patches + (pool == "token")
@@ -51,20 +56,22 @@ def forward_flops(
 
 
 def forward_gflops(
-    shape: Shape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0
+    shape: AnyShape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0
 ) -> float:
     """Total forward GFLOPs per image; arguments and errors as for ``forward_flops``."""
     groups = forward_flops(shape, image_size, channels=channels, pool=pool, num_classes=num_classes)
     return sum(groups.values()) / 1e9
 
 
-def train_gflops(shape: Shape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0) -> float:
+def train_gflops(
+    shape: AnyShape, image_size: int, *, channels: int = 3, pool: str = "map", num_classes: int = 0
+) -> float:
     """GFLOPs of one image's forward and backward pass, 3 x forward; arguments and errors as for ``forward_flops``."""
     return 3 * forward_gflops(shape, image_size, channels=channels, pool=pool, num_classes=num_classes)
 
 
 def num_params(
-    shape: Shape,
+    shape: AnyShape,
     image_size: int,
     *,
     channels: int = 3,
@@ -84,8 +91,11 @@ def num_params(
     counted with the MLP. ``qk_norm`` adds two norms of a head's size to each block. ``qkv_bias`` False leaves out those of
     the blocks; all other linear maps have biases. ``norm``: see ``NORMS``. Arguments and errors as for ``forward_flops``;
     also raises ValueError for an unknown ``pos_embed``, ``block`` or ``norm``, or ``sincos2d`` with a width not divisible
-    by 4.
+    by 4. All but channels and classes is for ViTs and not read for other families.
     """
+    if not isinstance(shape, Shape):
+        _check_sizes(image_size, channels, num_classes)
+        return shape.num_params(image_size, channels=channels, num_classes=num_classes)
     patches = _whole_patches(shape, image_size, channels, pool, num_classes)
     check_pos_embed(pos_embed, shape.width)
     check_block(block, norm)
@@ -129,13 +139,17 @@ def check_block(block: str, norm: str) -> None:
 
 def _whole_patches(shape: Shape, image_size: int, channels: int, pool: str, num_classes: int) -> int:
     check_pool(pool)
-    sizes = (("image_size", image_size, 1), ("channels", channels, 1), ("num_classes", num_classes, 0))
-    for name, value, least in sizes:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} is not a whole number of at least {least}.")
+    _check_sizes(image_size, channels, num_classes)
     if image_size < shape.patch_size:
         raise ValueError(
             f"image_size={image_size} is smaller than patch_size={shape.patch_size}; "
             "use a larger image or a smaller patch."
         )
     return (image_size // shape.patch_size) ** 2
+
+
+def _check_sizes(image_size: int, channels: int, num_classes: int) -> None:
+    sizes = (("image_size", image_size, 1), ("channels", channels, 1), ("num_classes", num_classes, 0))
+    for name, value, least in sizes:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} is not a whole number of at least {least}.")

@@ -34,7 +34,7 @@ def param_groups(
     base_depth: int = 4,
     base_mlp_dim: int = 128,
 ) -> list[dict]:
-    """Split a timm VisionTransformer's trainable parameters into few groups, one per (lr, weight_decay).
+    """Split the trainable parameters of a timm model of one of the families into few groups, one per (lr, weight_decay).
 
     Decayed are kernels only, that is the weights of linear and convolution layers: the classifier's with
     ``head_weight_decay`` (published: 100 times the body's), all others with ``weight_decay``. Biases, norms, positions,
@@ -50,14 +50,16 @@ def param_groups(
     shape of a sweep. The patch embedding, whose fan-in no sweep varies, and all
     vectors and embeddings keep lr. As decay is relative to a group's lr, a matrix's decay shrinks along with it.
 
+    Other families by the same rule. In a Swin transformer all widths grow together, so a matrix fed by any stage's width is
+    multiplied by base_width / width, and the depth is that of the main stage. The base of a Mixer has a token MLP of
+    half its width, as all published ones; the matrix that its tokens feed, whose number no sweep varies, slows with
+    the depth alone.
+
     Raises ValueError for an unknown rule, and under ``by_shape`` for a matrix that is fed by neither.
     """
     if lr_rule not in ("constant", "by_shape"):
         raise ValueError(f"lr_rule={lr_rule!r} is unknown; use constant or by_shape.")
     head = model.get_classifier()  # type: ignore[operator]
-    width: int = model.embed_dim  # type: ignore[assignment]
-    depth = len(model.blocks)  # type: ignore[arg-type]
-
     groups: dict[tuple[float, float], dict] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -69,23 +71,35 @@ def param_groups(
             if name == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
                 decay = head_weight_decay if module is head else weight_decay
             if name == "weight" and isinstance(module, nn.Linear) and lr_rule == "by_shape":
-                leaf = module_name.rpartition(".")[2]
-                if leaf in _FED_BY_MLP:
-                    group_lr = lr * base_mlp_dim / module.in_features
-                elif leaf == _FED_BY_BOTH and module_name.startswith("blocks."):
-                    group_lr = lr * (base_width + base_mlp_dim) / module.in_features
-                elif module.in_features == width:
-                    group_lr = lr * base_width / width
-                else:
-                    raise ValueError(
-                        f"lr_rule by_shape does not know {module_name} with {module.in_features} inputs "
-                        f"in a model of width {width}; use lr_rule constant."
-                    )
-                if module_name.startswith("blocks."):
-                    group_lr *= math.sqrt(min(1.0, base_depth / depth))
+                group_lr = _rate(lr, model, module_name, module, base_width, base_depth, base_mlp_dim)
             group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def _rate(
+    lr: float, model: nn.Module, name: str, module: nn.Linear, base_width: int, base_depth: int, base_mlp_dim: int
+) -> float:
+    """The learning rate of a matrix under ``by_shape``. Raises ValueError for one that is fed by nothing known."""
+    stages: list[nn.Module] = list(getattr(model, "layers", ()))  # of a Swin transformer
+    width: int = model.embed_dim  # type: ignore[assignment]
+    main = stages[min(3, len(stages)) - 1] if stages else model
+    depth = len(main.blocks)  # type: ignore[arg-type]
+    leaf, in_block = name.rpartition(".")[2], name.startswith("blocks.") or ".blocks." in name
+    if in_block and "mlp_tokens" in name:
+        rate = lr if leaf == "fc1" else lr * (base_width // 2) / module.in_features
+    elif leaf in _FED_BY_MLP:
+        rate = lr * base_mlp_dim / (module.in_features * width // module.out_features)  # of the first stage
+    elif leaf == _FED_BY_BOTH and in_block:
+        rate = lr * (base_width + base_mlp_dim) / module.in_features
+    elif module.in_features == width or stages:  # of a Swin transformer, all else is fed by a multiple of the width
+        rate = lr * base_width / width
+    else:
+        raise ValueError(
+            f"lr_rule by_shape does not know {name} with {module.in_features} inputs "
+            f"in a model of width {width}; use lr_rule constant."
+        )
+    return rate * math.sqrt(min(1.0, base_depth / depth)) if in_block else rate
 
 
 def build_optimizer(

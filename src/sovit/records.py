@@ -13,25 +13,26 @@ import os
 import re
 import subprocess
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sovit import __version__
 from sovit.config import REPOSITORY, RunConfig, shape_of
-from sovit.schema import KEYS_OF_FILES
-from sovit.shape import Shape
+from sovit.families import FAMILIES, family_of
+from sovit.schema import KEYS_OF_FILES, KEYS_OF_LOSS
+from sovit.shape import AnyShape
 
 SCHEMA = 1
 RUN, EVALS, METRICS, PROGRESS, LOG = "run.json", "evals.jsonl", "metrics.jsonl", "progress.json", "log.txt"
 PERF = "perf.jsonl"  # speed between two rows of METRICS; a resumed run adds rows, none is ever cut
 RUNNING, DONE, FAILED, DIVERGED = "running", "done", "failed", "diverged"
 
-_RUN_ID = re.compile(
-    r"(?P<name>[^-]+)-w(?P<width>\d+)-d(?P<depth>\d+)-m(?P<mlp_dim>\d+)-h(?P<num_heads>\d+)-p(?P<patch_size>\d+)"
-    r"(-(?P<tag>[^-]+))?-s(?P<seed>\d+)"
-)
+_RUN_IDS = {  # by family
+    name: re.compile(rf"(?P<name>[^-]+)-{family.pattern}(-(?P<tag>[^-]+))?-s(?P<seed>\d+)")
+    for name, family in FAMILIES.items()
+}
 
 # Keys that change where or how comfortably a run happens, but not one number of it.
 _NOT_IDENTITY = {
@@ -47,26 +48,29 @@ _NOT_IDENTITY = {
 
 # Keys that did not exist when the first runs were recorded: at their default they stay out of the hash, so that those
 # runs are still the ones that their configuration asks for.
-_YOUNGER = {"data": KEYS_OF_FILES, "model": ("block", "qk_norm", "qkv_bias", "norm")}
+_YOUNGER = {
+    "data": KEYS_OF_FILES,
+    "model": ("block", "qk_norm", "qkv_bias", "norm", "family", "token_dim", "stages", "window"),
+    "optim": tuple(KEYS_OF_LOSS),
+}
 
 
 def run_id(cfg: RunConfig) -> str:
     """Sortable name of a run that `parse_run_id` reads back, such as star_tiny-w0032-d04-m0128-h04-p08-s0."""
-    s = shape_of(cfg)
+    shape = shape_of(cfg)
     tag = f"-{cfg.tag}" if cfg.tag else ""
-    return (
-        f"{cfg.name}-w{s.width:04d}-d{s.depth:02d}-m{s.mlp_dim:04d}-h{s.num_heads:02d}-p{s.patch_size:02d}"
-        f"{tag}-s{cfg.seed}"
-    )
+    return f"{cfg.name}-{family_of(shape).id_form.format(**shape.as_dict())}{tag}-s{cfg.seed}"
 
 
-def parse_run_id(text: str) -> tuple[str, Shape, str, int]:
+def parse_run_id(text: str) -> tuple[str, AnyShape, str, int]:
     """(name, shape, tag, seed) of a run id. Raises ValueError if it is none."""
-    match = _RUN_ID.fullmatch(text)
-    if not match:
-        raise ValueError(f"{text!r} is not a run id such as star_tiny-w0032-d04-m0128-h04-p08-s0.")
-    shape = Shape(*(int(match[key]) for key in ("width", "depth", "mlp_dim", "num_heads", "patch_size")))
-    return match["name"], shape, match["tag"] or "", int(match["seed"])
+    for family, pattern in _RUN_IDS.items():
+        match = pattern.fullmatch(text)
+        if match:
+            found = match.groupdict()
+            name, tag, seed = found.pop("name"), found.pop("tag") or "", int(found.pop("seed"))
+            return name, FAMILIES[family].shape(**{key: int(value) for key, value in found.items()}), tag, seed
+    raise ValueError(f"{text!r} is not a run id such as star_tiny-w0032-d04-m0128-h04-p08-s0.")
 
 
 def run_dir(cfg: RunConfig) -> Path:
@@ -82,12 +86,30 @@ def config_hash(cfg: RunConfig) -> str:
         else:
             for leaf in inner:
                 del tree[key][leaf]
+    for key, leaf, value in _younger():
+        if tree[key][leaf] == value:
+            del tree[key][leaf]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _younger() -> Iterator[tuple[str, str, Any]]:
     default = dataclasses.asdict(RunConfig())
     for key, younger in _YOUNGER.items():
         for leaf in younger:
-            if tree[key][leaf] == default[key][leaf]:
-                del tree[key][leaf]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+            yield key, leaf, default[key][leaf]
+
+
+def younger_defaults() -> dict[str, Any]:
+    """Dotted key -> what a run meant whose configuration was recorded before the key existed."""
+    return {f"{key}.{leaf}": value for key, leaf, value in _younger()}
+
+
+def with_younger(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the keys that did not exist then, at what the run meant."""
+    filled = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    for key, leaf, value in _younger():
+        filled.setdefault(key, {}).setdefault(leaf, value)
+    return filled
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:

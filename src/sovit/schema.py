@@ -12,13 +12,17 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ModelConfig:
-    """The vision transformer apart from its shape, and single dimensions to replace in the shape."""
+    """The model apart from its shape, and single dimensions to replace in the shape. What a family does not have is null."""
 
+    family: str = "vit"  # vit | mixer | swin (see sovit.families)
     width: int | None = None  # replaces the width of `shape`; so do depth and mlp_dim
     depth: int | None = None
     mlp_dim: int | None = None
+    token_dim: int | None = None  # mixer: hidden size of the token MLP; replaces that of `shape`
     num_heads: int | None = None  # give num_heads or head_dim; a named shape brings its own heads
     head_dim: int | None = None
+    stages: int | None = None  # swin: patches are merged 2 x 2 between two of them
+    window: int | None = None  # swin: tokens a side of a window of attention
     patch_size: int | None = None
     image_size: int = 224
     channels: int = 3
@@ -62,7 +66,10 @@ class OptimConfig:
     """Optimiser and the learning-rate rule across shapes (see sovit.optim)."""
 
     name: str = "adamw"  # adamw | adafactor
-    loss: str = "softmax"  # softmax | sigmoid
+    loss: str = "softmax"  # softmax | sigmoid, of the labels; masked | distilled (see sovit.objectives)
+    mask_ratio: float = 0.5  # loss=masked: share of the patches that are hidden
+    teacher: str | None = None  # loss=distilled: a run's folder that keeps a resume point, or an exported .safetensors
+    temperature: float = 1.0  # loss=distilled: of the teacher's softmax and the student's
     lr: float = 1e-3
     lr_rule: str = "constant"  # constant | by_shape
     base_width: int = 64  # lr_rule=by_shape: the shape whose matrices train at exactly `lr`
@@ -169,6 +176,7 @@ class RunConfig:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.family": ("vit", "mixer", "swin"),
     "model.pool": ("map", "avg", "token"),
     "model.pos_embed": ("learned", "sincos2d"),
     "model.block": ("serial", "parallel"),
@@ -176,7 +184,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.init": ("big_vision", "fan_in"),
     "data.name": ("fractals", "imagefolder", "webdataset", "hf"),
     "optim.name": ("adamw", "adafactor"),
-    "optim.loss": ("softmax", "sigmoid"),
+    "optim.loss": ("softmax", "sigmoid", "masked", "distilled"),
     "optim.lr_rule": ("constant", "by_shape"),
     "schedule.kind": ("rsqrt", "constant", "cosine"),
     "eval.weights": ("ema", "cooled", "trunk"),
@@ -195,6 +203,7 @@ POSITIVE = (
     "data.shuffle_shards",
     "data.min_area",
     "optim.lr",
+    "optim.temperature",
     "optim.base_width",
     "optim.base_depth",
     "optim.base_mlp_dim",
@@ -223,6 +232,7 @@ RANGES: dict[str, tuple[float, float]] = {  # from, up to but without
     "data.rotation": (0, 4),
     "data.randaugment_magnitude": (0, 31),
     "model.drop_path_rate": (0, 1),
+    "optim.mask_ratio": (0, 1),
     "optim.beta1": (0, 1),
     "optim.beta2": (0, 1),
 }
@@ -241,3 +251,8 @@ KEYS_OF_FILES = (  # of data; they mean nothing to the embedded images
     "randaugment_magnitude",
     "mixup",
 )
+KEYS_OF_LOSS = {
+    "mask_ratio": "masked",
+    "teacher": "distilled",
+    "temperature": "distilled",
+}  # of optim: which loss reads it

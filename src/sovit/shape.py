@@ -1,5 +1,7 @@
 """The shape of a vision transformer: one frozen value, its text forms, and the named shapes of the literature.
 
+What every shape must tell, of other families too (`sovit.families`), is `CountedShape`.
+
 Two text forms are read everywhere (command line, configs, sweep files): ``1152x27x4304`` (width x depth x MLP
 dimension) and a name, ``So400m``; a patch size in pixels may follow either, ``So400m/14``.
 """
@@ -9,11 +11,23 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 
-def _check_positive(name: str, value: int) -> None:
+def check_positive(name: str, value: int) -> None:
+    """Raise ValueError unless the value is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} is not a positive whole number.")
+
+
+def check_heads(width: int, num_heads: int) -> None:
+    """Raise ValueError, with the nearest widths, unless the heads divide the width."""
+    if width % num_heads:
+        below = width - width % num_heads
+        near = f"{below} or {below + num_heads}" if below else f"{num_heads}"
+        raise ValueError(
+            f"width={width} is not divisible by num_heads={num_heads}; use width {near}, or another number of heads."
+        )
 
 
 @dataclass(frozen=True, order=True)
@@ -31,14 +45,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         for name, value in self.as_dict().items():
-            _check_positive(name, value)
-        if self.width % self.num_heads:
-            below = self.width - self.width % self.num_heads
-            near = f"{below} or {below + self.num_heads}" if below else f"{self.num_heads}"
-            raise ValueError(
-                f"width={self.width} is not divisible by num_heads={self.num_heads}; "
-                f"use width {near}, or another number of heads."
-            )
+            check_positive(name, value)
+        check_heads(self.width, self.num_heads)
 
     def __str__(self) -> str:
         return f"{self.width}x{self.depth}x{self.mlp_dim}"
@@ -57,9 +65,32 @@ class Shape:
         }
 
 
+class CountedShape(Protocol):
+    """A shape of another family: it says its own parameters and forward FLOPs, by group, as `sovit.flops` does a ViT's."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def mlp_dim(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    def as_dict(self) -> dict[str, Any]: ...
+    def activations(self, image_size: int) -> int: ...
+    def forward_flops(self, image_size: int, *, channels: int, pool: str, num_classes: int) -> dict[str, int]: ...
+    def num_params(self, image_size: int, *, channels: int, num_classes: int) -> dict[str, int]: ...
+
+
+AnyShape = Shape | CountedShape
+S = TypeVar("S", bound=AnyShape)
+
+
 @dataclass(frozen=True)
-class NamedShape:
-    shape: Shape
+class NamedShape(Generic[S]):
+    shape: S
     source: str
 
 
@@ -68,7 +99,7 @@ _ZHAI = "Scaling Vision Transformers, arXiv 2106.04560"
 _SOVIT = "Getting ViT in Shape, arXiv 2305.13035"
 _VIT22B = "Scaling Vision Transformers to 22 Billion Parameters, arXiv 2302.05442"
 
-NAMED: dict[str, NamedShape] = {
+NAMED: dict[str, NamedShape[Shape]] = {
     "mu": NamedShape(Shape(32, 1, 128, 2, 16), _BIG_VISION),
     "Ti": NamedShape(Shape(192, 12, 768, 3, 16), _BIG_VISION),
     "s": NamedShape(Shape(256, 6, 1024, 8, 16), _ZHAI),
@@ -147,7 +178,7 @@ def num_patches(image_size: int, patch_size: int) -> int:
     Raises ValueError if the image is not divisible into patches.
     """
     for name, value in (("image_size", image_size), ("patch_size", patch_size)):
-        _check_positive(name, value)
+        check_positive(name, value)
     if image_size % patch_size:
         below = image_size - image_size % patch_size
         near = f"{below} or {below + patch_size}" if below else f"{patch_size}"

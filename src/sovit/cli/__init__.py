@@ -12,12 +12,16 @@ from collections.abc import Sequence
 
 from sovit import __version__
 from sovit.cli import (
+    bench,
     check,
+    compare,
     design,
+    eval,
     export,
     fit,
     importers,
     memory,
+    optimize,
     plan,
     predict,
     rerun,
@@ -29,16 +33,20 @@ from sovit.cli import (
 )
 
 COMMANDS = (
+    optimize,
     shape,
     memory,
     plan,
     run,
     status,
     rerun,
+    eval,
     export,
+    bench,
     wandb,
     fit,
     check,
+    compare,
     predict,
     design,
     simulate,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sovit.cli.options import DEFAULT_METRIC, add_retried, positive
 
 if TYPE_CHECKING:
-    from sovit.analysis.points import Dimensions, Point
+    from sovit.analysis.points import Point
 
 EPILOG = """what is checked, each with a p-value or an interval and the effect it would have seen:
   quasiconvex      the error at fixed compute falls and then rises, with no second dip (arms; pairs of a grid)
@@ -47,7 +47,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from sovit.analysis.checks import doubts
     from sovit.analysis.forecast.diagonal import is_diagonal
     from sovit.analysis.grid import sweep_kind
-    from sovit.analysis.points import load_points, metrics
+    from sovit.analysis.points import dimensions, load_points, metrics, only_vits, parse_dimensions
 
     directory, metric = arguments.runs, (arguments.dataset, arguments.shots)
     points, exclusions = load_points(directory, *metric, retried=arguments.retried)
@@ -62,7 +62,9 @@ def _check(arguments: argparse.Namespace) -> int:
             key: load_points(directory, *key, retried=arguments.retried)[0]
             for key in metrics(directory, retried=arguments.retried)
         }
-        center = None if arguments.center is None else _center(arguments.center)
+        center = (
+            None if arguments.center is None else parse_dimensions("--center", arguments.center, dimensions(points[0]))
+        )
         found = doubts.check_star(
             points, center, metric=metric, by_metric=by_metric, others=others, draws=arguments.draws
         )
@@ -70,6 +72,7 @@ def _check(arguments: argparse.Namespace) -> int:
         what = "other directories" if arguments.others else "--center"
         raise ValueError(f"{directory} is a {kind}; {what} can be given for a star only.")
     else:
+        only_vits(points, "check of a grid")
         found = doubts.check_grid(points, draws=min(arguments.draws, 400))
     found = {"sweep": directory.resolve().name, "metric": {"dataset": metric[0], "shots": metric[1]}} | found
     if arguments.json:
@@ -81,15 +84,6 @@ def _check(arguments: argparse.Namespace) -> int:
     )
     print(doubts.text(found))
     return 0
-
-
-def _center(text: str) -> Dimensions:
-    from sovit.analysis.points import Dimensions
-
-    sizes = text.split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise ValueError(f"--center {text!r} is no shape; write WIDTHxDEPTHxMLP such as 32x4x128.")
-    return Dimensions(*map(int, sizes))
 
 
 def _others(directory: Path, others: list[Path], metric: tuple[str, int]) -> dict[str, list[Point]]:

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 # What a design decides itself, and the option that bears on it.
 _CHOSEN = {"shape": " (the center is --center)", "seed": "", "name": " (it is that of the file written)"}
-_CHOSEN |= dict.fromkeys(("model.width", "model.depth", "model.mlp_dim"), " (the center is --center)")
+_CHOSEN |= dict.fromkeys(
+    ("model.width", "model.depth", "model.mlp_dim", "model.token_dim"), " (the center is --center)"
+)
 _CHOSEN |= dict.fromkeys(("durations.first", "durations.last", "durations.num"), " (their number is --durations)")
 
 
@@ -90,7 +92,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _design(arguments: argparse.Namespace) -> int:
     from sovit.analysis.planning import design as search
     from sovit.analysis.planning.information import assumed_law, fitted_laws
-    from sovit.analysis.points import DIMENSIONS, dimensions
+    from sovit.analysis.points import dimensions
     from sovit.config import shape_of
 
     if not 2 <= arguments.range <= 1000:
@@ -105,12 +107,14 @@ def _design(arguments: argparse.Namespace) -> int:
     if fit and arguments.optimal_at:
         raise ValueError("--optimal-at places an assumed law, but --law brings fitted ones; give one of them.")
     metric = (fit["metric"]["dataset"], fit["metric"]["shots"]) if fit else DEFAULT_METRIC
-    center_text = arguments.center or ("x".join(str(fit["center"][name]) for name in DIMENSIONS) if fit else None)
+    center_text = arguments.center or ("x".join(map(str, fit["center"].values())) if fit else None)
     cfg = _composed([*arguments.overrides, *([f"shape={center_text}"] if center_text else [])])
     center = dimensions(shape_of(cfg))
     middle = search.middle_compute(cfg, center, arguments.budget)
     place = arguments.optimal_at or middle
-    laws = fitted_laws(fit) if fit else {name: assumed_law(name, getattr(center, name), place) for name in DIMENSIONS}
+    laws = (
+        fitted_laws(fit) if fit else {name: assumed_law(name, getattr(center, name), place) for name in center._fields}
+    )
     task = search.Task(
         center=center,
         cfg=cfg,
@@ -262,6 +266,7 @@ def _cells(count: int) -> str:
 def _next(arguments: argparse.Namespace) -> int:
     from sovit.analysis.planning import design as search
     from sovit.analysis.planning.information import summary
+    from sovit.analysis.points import dimensions
 
     if not 0 < arguments.enough < 1:
         raise ValueError(f"--enough {arguments.enough:g} is not between 0 and 1; write 0.01 for 1%.")
@@ -286,7 +291,8 @@ def _next(arguments: argparse.Namespace) -> int:
     # New cells belong beside the others, wherever those are.
     elsewhere = {} if arguments.runs.parent == Path("runs") else {"runs_dir": str(arguments.runs.parent)}
     file = arguments.file or Path("sweeps") / f"{fit['sweep']}.yaml"
-    shapes = [str(search.Dimensions(**fit["center"])._replace(**{step.arm: step.size})) for step in steps[:worth]]
+    center = dimensions(argparse.Namespace(**fit["center"]))
+    shapes = [str(center._replace(**{step.arm: step.size})) for step in steps[:worth]]
     if arguments.write and worth:
         groups: dict[int, list[str]] = {}
         for step, shape in zip(steps, shapes, strict=False):
@@ -314,10 +320,10 @@ def _candidates(
 
     from sovit import records
     from sovit.analysis.planning.design import LEAST_STEPS, friendly_sizes, planned_run
-    from sovit.analysis.points import Dimensions, dimensions
+    from sovit.analysis.points import dimensions
     from sovit.config import resolve
 
-    center = Dimensions(**fit["center"])
+    center = dimensions(argparse.Namespace(**fit["center"]))
     runs = [records.read_run(path.parent) or {} for path in sorted(directory.glob(f"*/{records.RUN}"))]
     configs = [run["config"] for run in runs if run.get("config")]
     if not configs:

@@ -104,14 +104,14 @@ def spreads(
 
 def _measured(directory: Path, fit: Mapping[str, Any] | None, metric: tuple[str, int]) -> dict[str, Spread]:
     """The noise of finished runs: from repeated seeds, else from the fit given or in their directory."""
-    from sovit.analysis.planning.information import fitted_spreads, seed_spread
-    from sovit.analysis.points import DIMENSIONS, load_points
+    from sovit.analysis.planning.information import ASSUMED, fitted_spreads, seed_spread
+    from sovit.analysis.points import load_points
     from sovit.analysis.star import HEADLINE
 
     points, _ = load_points(directory, *metric)
     found = seed_spread([point for point in points if point.error <= HEADLINE])
     if found:
-        return dict.fromkeys(DIMENSIONS, found)
+        return dict.fromkeys(ASSUMED, found)
     if fit is None and not (directory / "fit.json").exists():
         raise ValueError(
             f"{directory} has no shape with two seeds and no fit.json to tell the noise; run sovit fit {directory}, "
@@ -188,7 +188,7 @@ def plan_text(made: Plan, metric: tuple[str, int], noise: str | None, law: Path 
     import numpy as np
 
     from sovit.analysis.planning.information import arm, assumed_law, expect, fitted_laws, weaknesses
-    from sovit.analysis.points import DIMENSIONS, dimensions
+    from sovit.analysis.points import dimensions
     from sovit.analysis.star import find_center
 
     fit = read_fit(law) if law else None
@@ -204,7 +204,7 @@ def plan_text(made: Plan, metric: tuple[str, int], noise: str | None, law: Path 
             cost[different[0]] = cost.get(different[0], 0.0) + cell.train_gflops
     if not rows:
         raise ValueError("--noise speaks of a star's exponents, and these cells have one shape; plan the whole star.")
-    names = [name for name in DIMENSIONS if name in rows]
+    names = [name for name in center._fields if name in rows]
     chosen = spreads(noise, fit, names, metric)
     laws = fitted_laws(fit, names) if fit else {}
     header = ["", "runs", "sizes", "train GFLOPs", "s", "s.e.", "expected 95%"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sovit.cli.options import DEFAULT_METRIC, add_retried, positive
 
 if TYPE_CHECKING:
-    from sovit.analysis.points import Dimensions, Exclusion, Point
+    from sovit.analysis.points import AnyDimensions, Dimensions, Exclusion, Point
 
 _SHAPE = re.compile(r"[1-9]\d{0,6}x[1-9]\d{0,6}x[1-9]\d{0,6}")
 _DRAWS = 200  # simulated sweeps behind a p-value of the checks; sovit check draws more
@@ -111,11 +111,14 @@ def _one_sweep(
     from sovit.analysis.fit import Prior
     from sovit.analysis.forecast.diagonal import fit_diagonal, is_diagonal
     from sovit.analysis.grid import fit_grid, load_shots, sweep_kind
+    from sovit.analysis.points import only_vits
     from sovit.analysis.star import fit_star
 
     metric = {"dataset": arguments.dataset, "shots": arguments.shots}
     about: dict[str, Any] = {"sweep": directory.resolve().name, "exclusions": exclusions} | metric
     kind = "diagonal" if is_diagonal(points) else sweep_kind(points)
+    if kind != "star":
+        only_vits(points, f"fit of a {kind}")
     of_a_star = {"--center": arguments.center, "--prior": arguments.prior, "--share": arguments.share}
     of_a_diagonal = {"--direction": arguments.direction, "--origin": arguments.origin}
     foreign = (of_a_star if kind != "star" else {}) | (of_a_diagonal if kind != "diagonal" else {})
@@ -153,7 +156,10 @@ def _joint(
 ) -> dict[str, Any]:
     """The fit.json of the law that knows its FLOPs, over all sweeps."""
     from sovit.analysis.forecast.joint import fit_joint, read_geometry
+    from sovit.analysis.points import only_vits
 
+    for points, _ in loaded.values():
+        only_vits(points, "law that knows what a shape costs")
     for option in ("center", "direction", "origin", "prior", "share"):
         if getattr(arguments, option):
             raise ValueError(f"--{option} has no meaning for --law flops; leave it out.")
@@ -186,34 +192,32 @@ def _origin(text: str | None) -> Dimensions | None:
     """A diagonal's shape at G = 1, from a grid's fit.json or as given; None for the smallest."""
     from sovit.analysis.forecast.diagonal import grid_origin
     from sovit.analysis.forecast.exponents import read_fit
+    from sovit.analysis.points import parse_dimensions, vit_dimensions
 
     if text is None:
         return None
-    return _dimensions("--origin", text) if _SHAPE.fullmatch(text) else grid_origin(read_fit(Path(text), "grid")[1])
+    return (
+        vit_dimensions(parse_dimensions("--origin", text))
+        if _SHAPE.fullmatch(text)
+        else grid_origin(read_fit(Path(text), "grid")[1])
+    )
 
 
-def _center(text: str | None, points: Sequence[Point]) -> Dimensions | None:
+def _center(text: str | None, points: Sequence[Point]) -> AnyDimensions | None:
     """The center of a star as given, or None to find it. Raises ValueError for one arm without a center."""
-    from sovit.analysis.points import DIMENSIONS
+    from sovit.analysis.points import dimensions, parse_dimensions
 
+    like = dimensions(points[0])
     if text is not None:
-        return _dimensions("--center", text)
-    varied = [name for name in DIMENSIONS if len({getattr(point, name) for point in points}) > 1]
+        return parse_dimensions("--center", text, like)
+    varied = [name for name in like._fields if len({getattr(point, name) for point in points}) > 1]
     if len(varied) == 1:
-        known = "x".join("?" if name == varied[0] else str(getattr(points[0], name)) for name in DIMENSIONS)
+        known = "x".join("?" if name == varied[0] else str(getattr(points[0], name)) for name in like._fields)
         raise ValueError(
             f"the runs differ in {varied[0]} only, one arm of a star: say which {varied[0]} its center has, "
             f"which no fit uses, with --center {known}."
         )
     return None
-
-
-def _dimensions(option: str, text: str) -> Dimensions:
-    from sovit.analysis.points import Dimensions
-
-    if not _SHAPE.fullmatch(text):
-        raise ValueError(f"{option} {text!r} is no shape; write WIDTHxDEPTHxMLP such as 32x4x128.")
-    return Dimensions(*map(int, text.split("x")))
 
 
 def _fit_inputs(arguments: argparse.Namespace) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sovit.cli import budget, experiment
+from sovit.cli import budget, experiment, serving
 from sovit.cli.options import DIMENSIONS, above_0, by_dimension, positive
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     sizes.add_argument("--pool", choices=("map", "avg", "token"), help="default: that of the runs, or map")
     sizes.add_argument("--classes", type=int, metavar="N", help="of the classifier (default: that of the runs, or 0)")
 
+    serving.add(predict)
     predict.add_argument("--json", action="store_true", help="print JSON")
     predict.add_argument(
         "--write", type=Path, metavar="FILE", help="write a Hydra experiment, conf/experiment/NAME.yaml"
@@ -91,8 +92,9 @@ def _sizes(text: str) -> tuple[int, int, int]:
 
 def _predict(arguments: argparse.Namespace) -> int:
     _check(arguments)
+    limited = serving.asked(arguments)
     from sovit.analysis.forecast import exponents as known
-    from sovit.analysis.forecast.candidates import candidates, rounding
+    from sovit.analysis.forecast.candidates import candidate, candidates, rounding
     from sovit.analysis.forecast.region import region
     from sovit.cli import prediction
 
@@ -128,8 +130,14 @@ def _predict(arguments: argparse.Namespace) -> int:
         geometry_from=place.source,
         held_out=_held_out(fits.get(leading)),
     )
+    chosen = shapes[arguments.choose - 1]
+    if limited:
+        content["constraint"], best = serving.constrained(
+            arguments, fits, forecast.x, target, how, place.geometry, regret
+        )
+        chosen = candidate(best, "within the limits", forecast.x, how, place.geometry, target, regret)
     if arguments.write is not None:
-        _write(arguments, shapes[arguments.choose - 1], place, content)
+        _write(arguments, chosen, place, content)
     print(json.dumps(content, indent=1) if arguments.json else prediction.text(content))
     if arguments.write is not None and not arguments.json:
         print(f"\nWritten: {arguments.write}\n  python -m sovit.train experiment={arguments.write.stem}")
@@ -307,7 +315,7 @@ def _write(arguments: argparse.Namespace, chosen: Candidate, place: experiment.P
         f"Cost: {prediction.count(chosen.images)} images at {chosen.forward_gflops:.4g} GFLOPs forward each; training is "
         f"3 x that, {prediction.gflops(3 * target)} GFLOPs,",
         f"or {hours:,.3g} GPU hours at {budget.gflops_per_s(arguments) / 1e3:,.4g} TFLOP/s reached.",
-        *(f"Expect: {line}" for line in prediction.expectations(content, arguments.choose - 1)),
+        *(f"Expect: {line}" for line in prediction.expectations(content, chosen)),
         f"Made by: {_command(arguments)}",
     ]
     shape = chosen.shape(place.geometry["patch_size"])
@@ -325,7 +333,7 @@ def _command(arguments: argparse.Namespace) -> str:
         if name == "match":
             value = f"{value[0]}:{value[1]:.10g}"
         elif isinstance(value, dict):
-            value = ",".join(f"{key}={number:.10g}" for key, number in value.items())
+            value = ",".join(f"{key}={one if isinstance(one, str) else f'{one:.10g}'}" for key, one in value.items())
         elif isinstance(value, tuple):
             value = "x".join(map(str, value))
         elif isinstance(value, float):

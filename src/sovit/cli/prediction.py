@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sovit.cli import serving
+
 if TYPE_CHECKING:
     from sovit.analysis.forecast.candidates import Candidate
     from sovit.analysis.forecast.exponents import Start
@@ -152,18 +154,23 @@ def text(found: Mapping[str, Any]) -> str:
     )
     lines.append(f"regret: share of T wasted, {found['regret_by']}")
     lines += [f"- {note}" for note in found["notes"]]
+    if "constraint" in found:
+        lines += ["", *serving.text(found["constraint"])]
     return "\n".join(part for line in lines for part in _wrap(line))
 
 
-def expectations(found: Mapping[str, Any], chosen: int) -> list[str]:
+def expectations(found: Mapping[str, Any], chosen: Candidate) -> list[str]:
     """Sentences for the head of a written experiment."""
-    candidate, far = found["candidates"][chosen], found["extrapolation"]
-    sentences = [f"{candidate['num_params']:,} parameters; unrounded {_sizes(found['optimum'], 1)}."]
+    far, use = found["extrapolation"], found.get("constraint")
+    sentences = [f"{chosen.num_params:,} parameters; unrounded {_sizes(found['optimum'], 1)}."]
+    if use:
+        sentences.append(serving.text(use)[0] + ".")
     if found["region"]:
         ends = ", ".join(f"{name} {_ends(ends)}" for name, ends in found["region"]["box"].items())
         sentences.append(f"the best shape lies, at {found['region']['level']:.0%}, within {ends}, all at once.")
-    if candidate["regret"] is not None:
-        sentences.append(f"{percent(candidate['regret'])} of the compute wasted by rounding, {found['regret_by']}.")
+    if chosen.regret is not None:
+        cause = "the limits of use" if use else "rounding"
+        sentences.append(f"{percent(chosen.regret)} of the compute wasted by {cause}, {found['regret_by']}.")
     if far:
         sentences.append(f"{_times(far['factor'])} the largest compute in {far['fit']}: an extrapolation.")
     return sentences

@@ -16,6 +16,12 @@ RECIPES = {"vit": "biases and LayerNorms", "vit22b": "the changes of ViT-22B, se
 def add(commands: argparse._SubParsersAction) -> None:
     shape = commands.add_parser("shape", help="parameters and FLOPs of a shape")
     add_model(shape)
+    shape.add_argument(
+        "--family", choices=("vit", "mixer", "swin"), default="vit",
+        help="mixer: WIDTHxDEPTHxTOKENxMLP; swin: WIDTHxDEPTHxMLP of the first stage, depth of the third (default: vit)",
+    )  # fmt: skip
+    shape.add_argument("--stages", type=int, help="of a Swin transformer; a named one brings its own, 4 otherwise")
+    shape.add_argument("--window", type=int, help="of a Swin transformer, tokens a side; 7 unless it is named")
     shape.add_argument("--json", action="store_true", help="print JSON")
     shape.set_defaults(command=_shape)
 
@@ -28,7 +34,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--patch", type=int, help="patch size in pixels; a named shape brings its own, 14 otherwise")
     command.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
     command.add_argument("--channels", type=int, default=3, help="default: %(default)s")
-    command.add_argument("--pool", default="map", help="map, avg or token (default: %(default)s)")
+    command.add_argument("--pool", help="map, avg or token (default: map; avg for families without the others)")
     command.add_argument("--classes", type=int, default=0, help="of a classifier; 0 for none (default)")
     command.add_argument(
         "--recipe",
@@ -56,7 +62,7 @@ def model_of(arguments: argparse.Namespace) -> Model:
         shape,
         arguments.image_size,
         channels=arguments.channels,
-        pool=arguments.pool,
+        pool=arguments.pool or "map",
         num_classes=arguments.classes,
         **(VIT22B if recipe == "vit22b" else {}),  # type: ignore[arg-type]
     )
@@ -65,6 +71,11 @@ def model_of(arguments: argparse.Namespace) -> Model:
 def _shape(arguments: argparse.Namespace) -> int:
     from sovit.flops import forward_flops, num_params
 
+    if arguments.family != "vit":
+        return _of_family(arguments)
+    for option in ("stages", "window"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option} is for --family swin; a ViT has none.")
     model = model_of(arguments)
     shape = model.shape
     geometry = {"channels": model.channels, "pool": model.pool, "num_classes": model.num_classes}
@@ -86,16 +97,66 @@ def _shape(arguments: argparse.Namespace) -> int:
         return 0
     print(
         f"{shape}: {shape.num_heads} heads of dimension {shape.head_dim}, patch {shape.patch_size}, "
-        f"{arguments.image_size} px, {arguments.channels} channels, pool {arguments.pool}"
+        f"{arguments.image_size} px, {arguments.channels} channels, pool {model.pool}"
     )
     print(f"{_words(model)}\n")
+    _print_groups(params, flops)
+    return 0
+
+
+def _of_family(arguments: argparse.Namespace) -> int:
+    """Parameters and FLOPs of a shape of another family than ViT."""
+    from sovit.families import FAMILIES
+    from sovit.flops import forward_flops, num_params
+
+    family = FAMILIES[arguments.family]
+    if arguments.recipe:
+        raise ValueError(f"--recipe is for ViTs; leave it out with --family {family.name}.")
+    options = {"num_heads": "heads", "head_dim": "head_dim", "stages": "stages", "window": "window"}
+    for key, option in options.items():
+        if key not in family.arguments and getattr(arguments, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} has no meaning for --family {family.name}; leave it out.")
+    if arguments.heads is not None and arguments.head_dim is not None:
+        raise ValueError("--heads and --head-dim: give one of the two.")
+    name, slash, _ = arguments.shape.strip().partition("/")
+    usual = {} if name in family.named else {"stages": 4, "window": 7, "patch_size": None if slash else 16}
+    given = {"num_heads": arguments.heads, "stages": arguments.stages, "window": arguments.window}
+    given["patch_size"] = arguments.patch
+    given = {key: usual.get(key) if value is None else value for key, value in given.items()}
+    shape = family.make(arguments.shape, head_dim=arguments.head_dim, **given)
+    place = {"channels": arguments.channels, "num_classes": arguments.classes}
+    pool = arguments.pool or "avg"
+    flops = forward_flops(shape, arguments.image_size, pool=pool, **place)
+    params = num_params(shape, arguments.image_size, pool=pool, **place)
+    if arguments.json:
+        content = {
+            **shape.as_dict(),
+            "image_size": arguments.image_size,
+            **place,
+            "pool": pool,
+            "num_params": sum(params.values()),
+            "forward_gflops": sum(flops.values()) / 1e9,
+            "params_by_group": params,
+            "forward_flops_by_group": flops,
+        }
+        print(json.dumps(content, indent=1))
+        return 0
+    own = ", ".join(f"{key} {value}" for key, value in shape.as_dict().items() if key not in ("family", "patch_size"))
+    print(
+        f"{family.title} {shape}: {own}, patch {shape.patch_size}, {arguments.image_size} px, "
+        f"{arguments.channels} channels, pool {pool}\n"
+    )
+    _print_groups(params, flops)
+    return 0
+
+
+def _print_groups(params: dict[str, int], flops: dict[str, int]) -> None:
     print(f"{'':<24}{'parameters':>16}{'forward GFLOPs/image':>24}")
     for group in dict.fromkeys([*flops, *params]):
         if params.get(group) or flops.get(group):
             print(f"{group.replace('_', ' '):<24}{params.get(group, 0):>16,}{flops.get(group, 0) / 1e9:>24.6g}")
     print(f"{'total':<24}{sum(params.values()):>16,}{sum(flops.values()) / 1e9:>24.6g}\n")
     print(CONVENTION)
-    return 0
 
 
 def _words(model: Model) -> str:

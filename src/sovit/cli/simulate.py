@@ -104,25 +104,25 @@ def _runs_dir(arguments: argparse.Namespace) -> list[str]:
 def _shared(configs: Sequence[RunConfig]) -> tuple[Geometry, int]:
     """What all cells must have in common: the geometry that costs depend on, and the draws of an evaluation."""
     from sovit.analysis.forecast.joint import Geometry
-    from sovit.config import model_geometry, shape_of
+    from sovit.config import model_geometry, vit_shape_of
 
-    geometries = {(shape_of(cfg).patch_size, *model_geometry(cfg).items()) for cfg in configs}
+    geometries = {(vit_shape_of(cfg, "simulation").patch_size, *model_geometry(cfg).items()) for cfg in configs}
     draws = {cfg.eval.num_draws for cfg in configs}
     if len(geometries) > 1 or len(draws) > 1:
         raise ValueError(
             "the cells differ in more than shape, seed and recipe; simulate cells of one model and one eval."
         )
     first = configs[0]
-    shape = shape_of(first)
+    shape = vit_shape_of(first, "simulation")
     return Geometry(patch_size=shape.patch_size, num_heads=shape.num_heads, **model_geometry(first)), draws.pop()
 
 
 def _cell(cell: plan.Cell, batch_size: int) -> Cell:
-    from sovit.analysis.points import dimensions
+    from sovit.analysis.points import vit_dimensions
     from sovit.analysis.simulation.simulate import Cell
 
     compute = tuple((name, step * batch_size * cell.forward_gflops) for step, name in cell.evaluations.items())
-    return Cell(cell.run_id, dimensions(cell.shape), cell.seed, cell.forward_gflops, compute)
+    return Cell(cell.run_id, vit_dimensions(cell.shape), cell.seed, cell.forward_gflops, compute)
 
 
 def _read_truth(law: str, cells: Sequence[Cell], geometry: Geometry) -> Truth:

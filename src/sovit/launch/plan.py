@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from sovit import records
-from sovit.config import ConfigError, RunConfig, compose, eval_steps, model_geometry, model_options, shape_of
+from sovit.config import (
+    ConfigError,
+    RunConfig,
+    compose,
+    eval_steps,
+    fewshot_name,
+    model_geometry,
+    model_options,
+    shape_of,
+)
+from sovit.families import activations, blocks, shape_of_record
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.devices import cores, visible_gpus
 from sovit.launch.processes import devices_of
-from sovit.launch.sweep import Sweep, SweepError
+from sovit.launch.sweep import Sweep, SweepError, metric_of
 from sovit.schedule import segments, steps_trained
-from sovit.shape import Shape
+from sovit.shape import AnyShape
+from sovit.strict import nearest
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,6 @@ class TimeModel:
         return self.start_s + steps * step_s + evaluations * eval_s
 
 
-def gactivations(width: int, depth: int, mlp_dim: int, tokens: int) -> float:
-    """Billions of activations an image passes through: in every block and token the MLP's and about four times the width.
-
-    Four: with it the times of twelve tiny shapes are within 12% of a fit to five of them; without the term, 24%.
-    """
-    return depth * tokens * (mlp_dim + 4 * width) / 1e9
-
-
 EVAL_IMAGES = 64 * (100 + 64) + 1797  # embedded few-shot sets: fractals (support pool and test set) and digits
 # Least squares over 16 short runs of seven tiny shapes, one thread of a busy 2-core server, float32: within 20% of each.
 CPU = TimeModel(
@@ -110,7 +113,7 @@ class Cell:
     run_id: str
     run_dir: Path
     config_hash: str
-    shape: Shape
+    shape: AnyShape
     seed: int
     num_params: int
     forward_gflops: float
@@ -179,6 +182,7 @@ def plan(
             raise ConfigError(f"{sweep.path}, cell {' '.join(overrides)}: {error}") from None
     if len({(cfg.runs_dir, cfg.name) for cfg in configs}) > 1:
         raise SweepError(f"{sweep.path}: name and runs_dir must be the same for all cells; give each one value.")
+    _check_metric(sweep, configs[0])
     model = time_model({cfg.trainer.accelerator for cfg in configs}, peak_tflops)
     runs_dir = Path(configs[0].runs_dir)
     scale, num_runs = calibration(runs_dir, model)
@@ -225,15 +229,13 @@ def timed(made: Plan, model: TimeModel) -> Plan:
 def _seconds(model: TimeModel, cell: Cell) -> float:
     batch_size = cell.config.trainer.global_batch_size
     evaluations = len(cell.evaluations) + 1  # 1: at step 0
-    known = (cell.shape.depth, cell.steps, batch_size, evaluations, cell.forward_gflops, cell_gactivations(cell))
+    known = (blocks(cell.shape), cell.steps, batch_size, evaluations, cell.forward_gflops, cell_gactivations(cell))
     return model.seconds(*known, devices=cell.world)
 
 
 def cell_gactivations(cell: Cell) -> float:
     """Billions of activations an image of this cell passes through."""
-    shape = cell.shape
-    tokens = (cell.config.model.image_size // shape.patch_size) ** 2
-    return gactivations(shape.width, shape.depth, shape.mlp_dim, tokens)
+    return activations(cell.shape, cell.config.model.image_size) / 1e9
 
 
 def _cell(overrides: list[str], cfg: RunConfig, accelerator: str) -> Cell:
@@ -285,14 +287,14 @@ def calibration(runs_dir: Path, model: TimeModel) -> tuple[float, int]:
         trainer, durations = run["config"]["trainer"], run["config"]["durations"]
         if time_model({trainer["accelerator"]}).accelerator == model.accelerator:
             evaluations = 1 + (len(durations["values"] or []) or durations["num"])
-            tokens = (run["config"]["model"]["image_size"] // run["patch_size"]) ** 2
+            shape = shape_of_record({**run, "num_heads": 1})  # heads take no time here, and not every record has them
             modelled = model.seconds(
-                run["depth"],
+                blocks(shape),
                 run["steps_trained"],
                 trainer["global_batch_size"],
                 evaluations,
                 run["forward_gflops"],
-                gactivations(run["width"], run["depth"], run["mlp_dim"], tokens),
+                activations(shape, run["config"]["model"]["image_size"]) / 1e9,
                 devices=world_of(run),
             )
             ratios.append(run["wall_s"] / modelled)
@@ -319,6 +321,18 @@ def default_workers(cells: Sequence[Cell], cells_per_gpu: int = 1) -> int:
     if cells[0].accelerator == "gpu":
         return max(1, cells_per_gpu * len(visible_gpus()) // min(cell.devices for cell in cells))
     return max(1, len(cores()) // max(cell.num_threads * cell.devices for cell in cells))
+
+
+def _check_metric(sweep: Sweep, cfg: RunConfig) -> None:
+    """The metric that W&B and the display follow is one that the cells evaluate."""
+    (dataset, shots), known = metric_of(sweep.metric["name"]), [fewshot_name(name) for name in cfg.eval.datasets]
+    if dataset not in known:
+        raise SweepError(
+            f"{sweep.path}: metric {sweep.metric['name']!a} is of no data set of the evaluation{nearest(dataset, known)}"
+        )
+    if shots not in cfg.eval.shots:
+        listed = ", ".join(map(str, cfg.eval.shots))
+        raise SweepError(f"{sweep.path}: metric {sweep.metric['name']!a}, but eval.shots are {listed}.")
 
 
 def _check_unique(sweep: Sweep, cells: Sequence[Cell]) -> None:

@@ -64,7 +64,8 @@ class Evaluation:
         for target, (rows_drawn, images_drawn) in zip(self.targets, self.drawn, strict=True):
             support = extract(model, images_drawn, self.ranks)
             train = support.new_zeros(len(target.train_labels), support.shape[1])
-            train[rows_drawn] = support
+            if self.ranks.first:  # the others are given no features
+                train[rows_drawn] = support
             test = extract(model, target.test_images, self.ranks)
             found = self.ranks.tell(functools.partial(self._errors_of, target, train, test, step))
             for row in found:

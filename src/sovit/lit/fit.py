@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from lightning.pytorch.loggers import Logger
 
 from sovit import records, schedule
-from sovit.config import RunConfig, model_options, shape_of
+from sovit.config import RunConfig, model_options, num_hidden, num_outputs, shape_of
 from sovit.lit import checkpoints
 from sovit.lit.callbacks import Ema, Evaluate, Log, Resume, Watch
 from sovit.lit.data import TrainData
@@ -27,7 +27,9 @@ from sovit.lit.peak import Peak, peak
 from sovit.lit.progress import step_gflops
 from sovit.lit.ranks import Ranks
 from sovit.lit.strategy import make_strategy, spread
-from sovit.models.vit import build_vit
+from sovit.lit.teacher import teacher_of
+from sovit.models.families import BUILDERS
+from sovit.objectives import Distilled, Masked, Objective
 from sovit.optim import build_optimizer
 
 
@@ -133,11 +135,11 @@ def device_peak(cfg: RunConfig) -> Peak:
 
 def build_model(cfg: RunConfig) -> torch.nn.Module:
     """The model a configuration asks for, freshly initialised from torch's global generator."""
-    return build_vit(
+    return BUILDERS[cfg.model.family](
         shape_of(cfg),
         image_size=cfg.model.image_size,
         channels=cfg.model.channels,
-        num_classes=cfg.data.num_classes,
+        num_classes=num_outputs(cfg),
         pool=cfg.model.pool,
         **model_options(cfg),
         init=cfg.model.init,
@@ -180,7 +182,8 @@ def build_module(cfg: RunConfig, segment: schedule.Segment, layout: Layout, rank
 
     return LitClassifier(
         model,
-        loss=LOSSES[optim.loss],
+        loss=LOSSES.get(optim.loss),
+        objective=_objective(cfg),
         optimizer=optimizer,
         lr_scale=lr_scale,
         clip_norm=optim.clip_norm,
@@ -195,3 +198,11 @@ def build_module(cfg: RunConfig, segment: schedule.Segment, layout: Layout, rank
         micro_batch=layout.micro_batch,
         noise_seed=cfg.seed if cfg.model.drop_path_rate else None,
     )
+
+
+def _objective(cfg: RunConfig) -> Objective | None:
+    """What takes the place of a loss of labels, if anything does. Raises ConfigError for a teacher that does not fit."""
+    if cfg.optim.loss == "masked":
+        return Masked(cfg.seed, num_hidden(cfg), shape_of(cfg).patch_size)
+    teacher = teacher_of(cfg)
+    return Distilled(teacher.model, cfg.optim.temperature, teacher.sha256) if teacher else None

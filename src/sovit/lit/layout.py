@@ -19,6 +19,7 @@ from sovit import memory, records
 from sovit.config import ConfigError, RunConfig, model_geometry, model_options, shape_of
 from sovit.lit.ranks import Ranks
 from sovit.lit.strategy import shard_size
+from sovit.shape import Shape
 
 NOTE = "layout.json"  # {"notes": [{"device", "world", "micro_batch": what is left to try, "too_large": a layout}]}
 
@@ -45,8 +46,11 @@ def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
             f"{ranks.local_world} processes on this node, but each of them sees {torch.cuda.device_count()} GPU: start srun "
             "with --gpus-per-node, not --gpus-per-task."
         )
+    shape, most = shape_of(cfg), _noted(directory, ranks.world)
+    if not isinstance(shape, Shape):
+        return _unplanned(cfg, batch // ranks.world, most)
     fsdp = parallel.kind == "fsdp"
-    model = memory.Model(shape_of(cfg), **model_geometry(cfg), **model_options(cfg))
+    model = memory.Model(shape, **model_geometry(cfg), **model_options(cfg))
     try:
         found = memory.choose_layout(
             model,
@@ -54,7 +58,7 @@ def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
             global_batch_size=batch,
             world=ranks.world,
             micro_batch=parallel.micro_batch,
-            at_most=_noted(directory, ranks.world),
+            at_most=most,
             checkpointing=parallel.checkpointing,
             precision=cfg.trainer.precision,
             optimizer=cfg.optim.name,
@@ -67,6 +71,15 @@ def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
         raise ConfigError(str(error)) from None
     compiled = on_gpu(cfg) if parallel.compile is None else parallel.compile
     return Layout(found.micro_batch, found.accumulation, found.checkpointing, compiled, found.memory.total)
+
+
+def _unplanned(cfg: RunConfig, share: int, most: int | None) -> Layout:
+    """The layout of a family without a memory estimate: a process's whole share at once, until that proves too large."""
+    wanted = cfg.parallel.micro_batch or share
+    if share % wanted:
+        raise ConfigError(f"micro_batch={wanted} does not divide the {share} images of each process.")
+    micro = min(wanted, most or share)
+    return Layout(micro, share // micro, "none", compiled=False)
 
 
 def on_gpu(cfg: RunConfig) -> bool:

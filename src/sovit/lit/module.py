@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sovit.config import ConfigError
+from sovit.objectives import Objective
+
+TEACHER = "teacher"  # in a resume point: which weights taught the run
+
 
 def softmax_xent(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean softmax cross-entropy. logits (B, K); labels (B,) class indices, or (B, K) probabilities."""
@@ -39,7 +44,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"softmax": softmax_xent
 
 
 class LitClassifier(pl.LightningModule):
-    """Supervised pretraining.
+    """Pretraining by a loss of labels, or by an ``objective`` in its place, which is given the images' numbers instead.
 
     ``optimizer`` makes the optimiser once the model lies on its devices; ``lr_scale(step)`` multiplies its rates.
     ``prepare`` changes the model in place, for a device, once the processes are connected. ``micro_batch``: images in one
@@ -51,10 +56,11 @@ class LitClassifier(pl.LightningModule):
         self,
         model: nn.Module,
         *,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor] | None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         lr_scale: Callable[[int], float],
         clip_norm: float | None,
+        objective: Objective | None = None,
         prepare: Callable[[nn.Module, torch.device], None] | None = None,
         micro_batch: int | None = None,
         noise_seed: int | None = None,
@@ -62,13 +68,15 @@ class LitClassifier(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
-        self.loss, self.lr_scale, self.clip_norm = loss, lr_scale, clip_norm
+        self.loss, self.objective = loss, objective
+        self.lr_scale, self.clip_norm = lr_scale, clip_norm
         self.micro_batch, self.noise_seed = micro_batch, noise_seed
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.trained: list[nn.Parameter] = []  # walking the modules costs 0.2 ms a step
         self._optimizer, self._prepare = optimizer, prepare
         self._base_lr: list[float] = []
         self._alone = False  # no gradients to sum or to scale
+        self._world = 1
         self._sum: Callable[[bool], Any] = bool  # told before each backward pass whether its gradients are summed
 
     def configure_model(self) -> None:
@@ -82,8 +90,11 @@ class LitClassifier(pl.LightningModule):
         self._base_lr = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 
-    def loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a micro-batch."""
+    def loss_of(self, images: Tensor, labels: Tensor, first: int = 0) -> Tensor:
+        """Mean loss of a micro-batch that begins at image number ``first`` of the run's stream."""
+        if self.objective is not None:
+            return self.objective(self.model, images, first)
+        assert self.loss is not None
         return self.loss(self.model(images), labels)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -117,9 +128,11 @@ class LitClassifier(pl.LightningModule):
         size = self.micro_batch or len(images)
         parts = list(zip(images.split(size), labels.split(size), strict=True)) if size < len(images) else []
         loss = torch.zeros((), device=images.device) if parts else None
+        first = (step * self._world + self.global_rank) * len(images)  # of this process's part of the batch
         for number, (x, y) in enumerate(parts or [(images, labels)], start=1):
             self._sum(number >= len(parts))  # over the processes, after the last backward pass only
-            part = self.loss_of(x, y)
+            part = self.loss_of(x, y, first)
+            first += len(x)
             part = part / len(parts) if parts else part
             part.backward() if backward is None else backward(part)
             loss = part.detach() if loss is None else loss + part.detach()
@@ -142,8 +155,22 @@ class LitClassifier(pl.LightningModule):
             return self.grad_norm
         return _whole(nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._teacher():
+            checkpoint[TEACHER] = self._teacher()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get(TEACHER, "") != self._teacher():
+            raise ConfigError(
+                "optim.teacher has other weights than when this run began; put them back, or choose another name or tag."
+            )
+
+    def _teacher(self) -> str:
+        return getattr(self.objective, "identity", "")
+
     def on_fit_start(self) -> None:
         strategy, wrapped = self.trainer.strategy, self.trainer.strategy.model
+        self._world = self.trainer.world_size
         if (
             isinstance(strategy, SingleDeviceStrategy)
             and getattr(self.trainer.precision_plugin, "scaler", None) is None

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from sovit import records
 from sovit.config import ConfigError, RunConfig, from_mapping, shape_of
 from sovit.lit import checkpoints, sharded
 from sovit.lit.fit import build_model
-from sovit.shape import Shape
+from sovit.shape import AnyShape
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Weights:
 class Trained:
     """A model in evaluation mode on the CPU with the weights that were asked for, and where they come from."""
 
-    model: VisionTransformer
+    model: VisionTransformer | MlpMixer | SwinTransformer
     cfg: RunConfig
     weights: Weights
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> AnyShape:
         return shape_of(self.cfg)
 
 
@@ -72,7 +74,7 @@ def read(source: Path, *, average: bool | None = None) -> Weights:
     if not record:
         raise ConfigError(f"{point} has no {records.RUN} beside it, which says what model it is; keep them together.")
     tensors, kind = tensors_of(content, point, average)
-    return Weights(point, tensors, kind, content["global_step"], record["config"], record["run_id"])
+    return Weights(point, tensors, kind, content["global_step"], records.with_younger(record["config"]), record["run_id"])
 
 
 def tensors_of(content: dict[str, Any], point: Path, average: bool | None) -> tuple[dict[str, torch.Tensor], str]:
@@ -125,4 +127,4 @@ def _exported(path: Path, average: bool | None) -> Weights:
         ) from None
     if average is not None and average != (kind == "average"):
         raise ConfigError(f"{path} holds the {kind} weights only; export the others from the run.")
-    return Weights(path, tensors, kind, step, config, about.get("run_id", path.stem))
+    return Weights(path, tensors, kind, step, records.with_younger(config), about.get("run_id", path.stem))

@@ -19,11 +19,8 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTr
 from torch import Tensor, nn
 
 from sovit.flops import check_block, check_pool, check_pos_embed
+from sovit.models.initial import STACKED, TO_RESIDUAL, check_init, fan_in_normal, init_bias
 from sovit.shape import Shape, num_patches
-
-INITS = ("fan_in", "big_vision")
-_STACKED = {"qkv": 3, "kv": 2}  # timm stacks these square matrices in one; Xavier on the stack would be too small
-_TO_RESIDUAL = ("proj", "fc2")  # the layers of a serial block that write to the residual stream
 
 
 class _RmsNorm(RmsNorm):
@@ -165,16 +162,16 @@ def init_weights(
             nn.init.constant_(module.bias, head_bias)
         elif isinstance(module, nn.Conv2d | nn.Linear):
             if not big_vision:
-                _fan_in_normal(module.weight)
+                fan_in_normal(module.weight)
             elif isinstance(module, nn.Conv2d):
                 lecun_normal_(module.weight)
             else:
-                for matrix in module.weight.chunk(_STACKED.get(leaf, 1)):
+                for matrix in module.weight.chunk(STACKED.get(leaf, 1)):
                     nn.init.xavier_uniform_(matrix)
-            if not big_vision and name.startswith("blocks.") and leaf in _TO_RESIDUAL:
+            if not big_vision and name.startswith("blocks.") and leaf in TO_RESIDUAL:
                 module.weight.div_(math.sqrt(2 * len(model.blocks)))
             if module.bias is not None:
-                _init_bias(module.bias, mlp=leaf in ("fc1", "fc2"), big_vision=big_vision)
+                init_bias(module.bias, mlp=leaf in ("fc1", "fc2"), big_vision=big_vision)
     if model.attn_pool is not None:
         probe = model.attn_pool.latent
         if big_vision:
@@ -208,7 +205,7 @@ def _init_fused(block: ParallelScalingBlock, *, depth: int, big_vision: bool) ->
     into, out, mlp_dim = block.in_proj, block.out_proj, block.in_split[0]
     assert isinstance(out, nn.Linear)
     width = out.out_features
-    draw = nn.init.xavier_uniform_ if big_vision else _fan_in_normal
+    draw = nn.init.xavier_uniform_ if big_vision else fan_in_normal
     for matrix in into.weight.split(block.in_split):
         draw(matrix)
     for matrix in out.weight.split([width, mlp_dim], dim=1):
@@ -216,27 +213,15 @@ def _init_fused(block: ParallelScalingBlock, *, depth: int, big_vision: bool) ->
     if not big_vision:
         out.weight.div_(math.sqrt(2 * depth))  # a branch each, as in serial blocks
     if block.mlp_bias is not None:
-        _init_bias(block.mlp_bias, mlp=True, big_vision=big_vision)
+        init_bias(block.mlp_bias, mlp=True, big_vision=big_vision)
     else:
         for i, bias in enumerate(into.bias.split(block.in_split)):
-            _init_bias(bias, mlp=i == 0, big_vision=big_vision)
-    _init_bias(out.bias, mlp=True, big_vision=big_vision)
-
-
-def _init_bias(bias: Tensor, *, mlp: bool, big_vision: bool) -> None:
-    if mlp and big_vision:
-        nn.init.normal_(bias, std=1e-6)
-    else:
-        nn.init.zeros_(bias)
-
-
-def _fan_in_normal(weight: Tensor) -> None:
-    nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+            init_bias(bias, mlp=i == 0, big_vision=big_vision)
+    init_bias(out.bias, mlp=True, big_vision=big_vision)
 
 
 def _check_init(init: str, pos_embed: str, pos_embed_std: float | None) -> None:
-    if init not in INITS:
-        raise ValueError(f"init={init!r} is unknown; use one of {', '.join(INITS)}.")
+    check_init(init)
     if pos_embed_std is not None and pos_embed != "learned":
         raise ValueError(f"pos_embed_std={pos_embed_std} has no effect on pos_embed={pos_embed!r}; leave it out.")
     if pos_embed_std is not None and not pos_embed_std >= 0:

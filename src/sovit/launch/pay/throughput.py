@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sovit.families import blocks
 from sovit.launch.devices import cores, visible_gpus
 from sovit.launch.pay.hardware import cache_file, hardware, read_cache, write_cache
 from sovit.launch.pay.timing import TARGET, Timer, TimingError
@@ -254,7 +255,7 @@ def _timing(cell: Cell, answer: list[dict[str, Any]], first: int, block: int) ->
     alone = cell.accelerator == "cpu" and cell.num_threads == 1
     return Timing(
         run_id=cell.run_id,
-        depth=cell.shape.depth,
+        depth=blocks(cell.shape),
         batch_size=_batch_size(cell),
         forward_gflops=cell.forward_gflops,
         gactivations=cell_gactivations(cell),
@@ -351,7 +352,7 @@ def _what(cell: Cell) -> dict[str, Any]:
     cfg = dataclasses.asdict(cell.config)
     kept = {name: cfg[name] for name in ("model", "data", "eval", "optim", "trainer", "logger")}
     for group, names in {
-        "model": ("width", "depth", "mlp_dim", "init", "head_bias"),
+        "model": ("width", "depth", "mlp_dim", "token_dim", "init", "head_bias"),
         "data": ("seed", "rotation"),
         "optim": [name for name in kept["optim"] if name not in ("name", "loss", "clip_norm")],
         "trainer": [name for name in kept["trainer"] if name not in TIMED_TRAINER_KEYS],
@@ -384,7 +385,7 @@ def _guess(cell: Cell) -> float:
     """Seconds of an update as assumed before anything is measured."""
     if cell.accelerator == "gpu":
         return 0.02 + _step_gflops(cell) / 5e4
-    return CPU.step_s + cell.shape.depth * CPU.block_s + _step_gflops(cell) / CPU.gflops_per_s
+    return CPU.step_s + blocks(cell.shape) * CPU.block_s + _step_gflops(cell) / CPU.gflops_per_s
 
 
 def _overrides(cell: Cell, first: int, runs_dir: Path) -> list[str]:

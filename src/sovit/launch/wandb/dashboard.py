@@ -6,7 +6,7 @@ It draws what the finished runs there have logged, and nothing else. It fits no 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sovit import duration
@@ -14,6 +14,7 @@ from sovit.launch.wandb import run as wandb_run
 from sovit.launch.wandb.records import NAME, connect
 
 DIMENSIONS = {"width": "Width", "depth": "Depth", "mlp_dim": "MLP dimension"}
+TOKEN = {"token_dim": "Token MLP dimension"}  # of an MLP-Mixer, beside the others
 LOSS, RATE, STEP, COMPUTE = "train/loss", "perf/images_per_s", "trainer/global_step", "t_gflops"
 MAX_SLICES = 4  # isocompute curves of an arm: as many as a row of panels holds
 ROW, HEIGHT = 24, 10  # of a report, in W&B's units
@@ -48,8 +49,9 @@ def dashboard(path: str, sweep: str | None, metric: tuple[str, int]) -> tuple[st
         there = sorted(key for key in logged if key.startswith("eval/") and key.endswith("/error"))
         raise ValueError(f"{wanted} is not logged by the runs of {name}; they log {', '.join(there) or 'no errors'}.")
     arms = {str(run.config.get("arm")) for run in runs}
+    dimensions = DIMENSIONS | (TOKEN if any("token_dim" in run.config for run in runs) else {})
     report = library.Report(entity=entity, project=project, title=f"sovit: {name}", width="fluid")
-    report.blocks = _blocks(library, report, name, wanted, logged, arms)
+    report.blocks = _blocks(library, report, name, wanted, logged, arms, dimensions)
     try:
         old = [view for view in api.reports(path) if view.display_name == report.title]
         if old:
@@ -71,7 +73,9 @@ def _the_sweep(path: str, wanted: str | None, there: set[str]) -> str:
     return wanted
 
 
-def _blocks(library: Any, report: Any, name: str, error: str, logged: set[str], arms: set[str]) -> list[Any]:
+def _blocks(
+    library: Any, report: Any, name: str, error: str, logged: set[str], arms: set[str], dimensions: Mapping[str, str]
+) -> list[Any]:
     """Text and grids of panels: the whole sweep, then every arm of a star with its center."""
     from wandb_workspaces import expr
 
@@ -103,7 +107,7 @@ def _blocks(library: Any, report: Any, name: str, error: str, logged: set[str], 
         ]
 
     axes = [
-        *(library.ParallelCoordinatesPlotColumn(metric=library.Config(key), log=True) for key in DIMENSIONS),
+        *(library.ParallelCoordinatesPlotColumn(metric=library.Config(key), log=True) for key in dimensions),
         library.ParallelCoordinatesPlotColumn(metric=library.Config("seed")),
         library.ParallelCoordinatesPlotColumn(metric=library.SummaryMetric(error), log=True),
     ]
@@ -113,10 +117,10 @@ def _blocks(library: Any, report: Any, name: str, error: str, logged: set[str], 
         grid([curves("Error against compute, every run"), curves("Lowest error of an arm against compute", **by_arm)]),
         grid([library.ParallelCoordinatesPlot(title="Shapes, seeds and final errors", columns=axes)]),
     ]
-    star = [dimension for dimension in DIMENSIONS if dimension in arms]
-    for dimension in star or DIMENSIONS:
+    star = [dimension for dimension in dimensions if dimension in arms]
+    for dimension in star or dimensions:
         on = [expr.Config("arm").isin(["center", dimension])] if star else []
-        title = f"{DIMENSIONS[dimension]}: the arm and the center" if star else DIMENSIONS[dimension]
+        title = f"{dimensions[dimension]}: the arm and the center" if star else dimensions[dimension]
         blocks += [library.H2(title), grid(slices(dimension), *on)]
         if star:
             blocks.append(grid([curves(f"Error against compute, {dimension}")], *on))

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sovit import claims, records
+from sovit.families import shape_of_record
 from sovit.launch.wandb import run as wandb_run
-from sovit.shape import Shape
 
 EXIT_CODES = {records.DONE: 0, records.FAILED: 1, records.DIVERGED: 3}
 INIT_TIMEOUT_S = 30.0
@@ -149,8 +149,7 @@ def _has_all(api: Any, identity: wandb_run.Identity, directory: Path) -> bool:
 
 
 def _send(identity: wandb_run.Identity, record: dict[str, Any], directory: Path) -> None:
-    shape = Shape(*(record[key] for key in ("width", "depth", "mlp_dim", "num_heads", "patch_size")))
-    told = wandb_run.about(record["run_id"], shape, record["forward_gflops"], record["config"])
+    told = wandb_run.about(record["run_id"], shape_of_record(record), record["forward_gflops"], record["config"])
     live = wandb_run.start(identity, told, directory, mode="online", timeout=INIT_TIMEOUT_S)
     for number, row in enumerate(wandb_run.rows(directory)):
         live.log(number, row)

@@ -23,7 +23,8 @@ from urllib.parse import urlparse
 import yaml
 
 from sovit import records
-from sovit.shape import Shape, parse_shape
+from sovit.families import family_of
+from sovit.shape import AnyShape
 
 WANDB = "wandb.json"
 FILES = (records.RUN, records.EVALS, records.METRICS)  # uploaded at the end of a run
@@ -109,18 +110,19 @@ def note(directory: Path, identity: Identity, sent: Mapping[str, str] | None = N
         records.write_json(directory / WANDB, content)
 
 
-def arm(shape: Shape, center: str | None) -> str | None:
-    """The arm of a star that a shape lies on: "center", "width", "depth", "mlp_dim", or "several" if it differs from the
-    center in more than one dimension; None without a center. Raises ValueError if the center is no shape.
+def arm(shape: AnyShape, center: str | None) -> str | None:
+    """The arm of a star that a shape lies on: "center", the name of a dimension, or "several" if it differs from the
+    center in more than one; None without a center. Raises ValueError if the center is no shape.
     """
     if center is None:
         return None
-    middle = parse_shape(center, num_heads=1, patch_size=1)
-    differing = [name for name in ("width", "depth", "mlp_dim") if getattr(shape, name) != getattr(middle, name)]
+    family = family_of(shape)
+    sizes = zip(family.dimensions, family.sizes(center), strict=True)
+    differing = [name for name, size in sizes if getattr(shape, name) != size]
     return "several" if len(differing) > 1 else differing[0] if differing else "center"
 
 
-def about(run_id: str, shape: Shape, forward_gflops: float, config: Mapping[str, Any]) -> dict[str, Any]:
+def about(run_id: str, shape: AnyShape, forward_gflops: float, config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of wandb.init that tell of a cell. ``config``: its resolved configuration as a plain tree."""
     on = arm(shape, config.get("center"))
     told = {

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sovit import records
+from sovit.families import FAMILIES, VIT
 from sovit.launch.state import DIVERGED, FAILED
 
 if TYPE_CHECKING:
     from sovit.analysis.intervals import RunFit
-    from sovit.analysis.points import Dimensions, Point
+    from sovit.analysis.points import AnyDimensions, Point
 
 MIN_ROWS = 8  # as many points as the law of an arm needs at least; with fewer nothing heavy is loaded
 
@@ -44,18 +45,22 @@ def promised(directories: Sequence[Path], metric: tuple[str, int]) -> dict[str, 
     rows = [row for directory in directories for row in _points(directory, metric)]
     if len(rows) < MIN_ROWS:
         return f"{len(rows)} points so far are too few to fit the law"
-    from sovit.analysis.points import DIMENSIONS, Dimensions, Point, dimensions
+    from sovit.analysis.points import POINTS, dimensions
     from sovit.analysis.star import HEADLINE, find_center
 
     labels = {row.pop("center") for row in rows}
-    points = [Point(**row, stderr=0.0, num_draws=1) for row in rows]
+    families = {row.pop("family") for row in rows}
+    if len(families) > 1:
+        return f"the runs are of {' and '.join(sorted(families))}: this is no star"
+    family = families.pop()
+    points = [POINTS[family](**row, stderr=0.0, num_draws=1) for row in rows]
     try:
-        center = _center(labels) or find_center(points)
+        center = _center(labels, family) or find_center(points)
     except ValueError as error:
         return None if "are no star" in str(error) else str(error).rstrip(".")
-    arms: dict[str, list[Point]] = {name: [] for name in DIMENSIONS}
+    arms: dict[str, list[Point]] = {name: [] for name in center._fields}
     for point in points:
-        different = dimensions(point).differs(Dimensions(*center))
+        different = dimensions(point).differs(center)
         if len(different) > 1:
             return f"{dimensions(point)} differs from the center {center} in {' and '.join(different)}: this is no star"
         if different and 0 < point.error <= HEADLINE:
@@ -65,17 +70,16 @@ def promised(directories: Sequence[Path], metric: tuple[str, int]) -> dict[str, 
     return _of_arms({name: group for name, group in arms.items() if any(_along(name, points, center))})
 
 
-def _along(name: str, points: Sequence[Point], center: Dimensions) -> list[Point]:
+def _along(name: str, points: Sequence[Point], center: AnyDimensions) -> list[Point]:
     return [point for point in points if getattr(point, name) != getattr(center, name)]
 
 
-def _center(labels: set[str | None]) -> Dimensions | None:
+def _center(labels: set[str | None], family: str) -> AnyDimensions | None:
     """The center that the runs were given, if they all were given the same."""
-    from sovit.analysis.points import dimensions
-    from sovit.shape import parse_shape
+    from sovit.analysis.points import dimensions_of
 
     label = labels.pop() if len(labels) == 1 else None
-    return dimensions(parse_shape(label, num_heads=1, patch_size=1)) if label else None
+    return dimensions_of(FAMILIES[family], label) if label else None
 
 
 def _of_arms(arms: Mapping[str, Sequence[Point]]) -> dict[str, Promise]:
@@ -132,9 +136,11 @@ def _points(directory: Path, metric: tuple[str, int]) -> list[dict[str, Any]]:
         for row in records.read_lines(directory / records.EVALS):
             if (row["dataset"], row["shots"]) == metric and row["step"] > 0:
                 groups.setdefault((row["step"], row["duration"]), []).append(row)
+        family = FAMILIES[record.get("family", VIT)]
         return [
-            {key: rows[0][key] for key in ("width", "depth", "mlp_dim", "seed", "t_gflops", "duration")}
+            {key: rows[0][key] for key in (*family.dimensions, "seed", "t_gflops", "duration")}
             | {
+                "family": family.name,
                 "run_id": directory.name,
                 "error": sum(row["error"] for row in rows) / len(rows),
                 "center": (record.get("config") or {}).get("center"),

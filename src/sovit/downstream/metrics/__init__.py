@@ -1,0 +1,1 @@
+"""What the downstream tasks count: plain functions of arrays, with their intervals. Loads no torch."""
