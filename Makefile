@@ -63,8 +63,8 @@ bench: setup  ## measure the loader, the two ways to get several durations from 
 	$(BIN)/python benchmarks/planned.py
 
 .PHONY: bench-analysis
-bench-analysis: setup  ## measure the fit: efficiency, coverage, alarms, promises, laws, power (over an hour)
-	for study in estimator intervals specification promised joint power; do $(BIN)/python benchmarks/$$study.py || exit 1; done
+bench-analysis: setup  ## measure the fit: efficiency, coverage, alarms, promises, laws, power, comparisons (over an hour)
+	for study in estimator intervals specification promised joint power comparing; do $(BIN)/python benchmarks/$$study.py || exit 1; done
 
 .PHONY: lock
 lock:  ## pin every package again (needs uv)

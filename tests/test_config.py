@@ -66,7 +66,7 @@ from sovit.shape import Shape
         ("optim.lr={x: 1}", "optim.lr"),
         ("eval=3", "eval.datasets"),
         ("durations={}", "durations.values"),
-        ("experiment=[star,grid]", "choose from"),
+        ("experiment=[star,grid]", "is a list; choose one option of conf/experiment"),
         ("experiment=null", "choose from"),
         ("hydra.run.dir=x", "leave it out"),
         ("hydra/job_logging=default", "leave it out"),
@@ -151,7 +151,11 @@ def test_every_group_option_composes(group: str) -> None:
             if group == "data" and option != "fractals"
             else []
         )
-        needed = {"vit": ["model.image_size=224"], "vit22b": ["shape=22B/14"]}.get(option, [])
+        needed = {
+            "vit": ["model.image_size=224"],
+            "vit22b": ["shape=22B/14"],
+            "mixer_tiny": ["shape=32x4x16x128"],
+        }.get(option, [])
         compose([f"{group}={option}", *needed, *files])
 
 

@@ -404,8 +404,8 @@ def test_commands_fit_a_mixer_or_say_that_they_cannot(mixer_runs, capsys):
         assert cli.main(command) == 2
         said = capsys.readouterr().err
         assert sentence in said and said.count("\n") == 1, said
-    assert cli.main(["next", str(mixer_runs), "--noise", "sigma=0.01,tau=0.01", "--budget", "3000"]) == 0
-    assert "24x2x" in capsys.readouterr().out  # shapes of four dimensions to run
+    assert cli.main(["next", str(mixer_runs), "--noise", "sigma=0.05,tau=0.05", "--enough", "1e-9"]) == 0
+    assert "token_dim 256, seed 0" in capsys.readouterr().out  # the arm widened by another size
 
 
 @pytest.mark.parametrize(

@@ -269,8 +269,8 @@ def test_an_export_is_what_one_process_would_have_written(kind: str, cells: Cell
     from safetensors.torch import load_file
 
     from sovit.config import compose
-    from sovit.ship.export import export
     from sovit.lit.fit import build_model
+    from sovit.ship.export import export
 
     source = alone if kind == "alone" else cells.done("sharded", *FSDP, world=2)
     wanted = state(alone)

@@ -54,7 +54,7 @@ def write(path: Path, body: str, head: str = HEAD) -> Path:
 def test_every_shipped_file_is_tested_here() -> None:
     assert {file.stem for file in FILES} == {
         "star_smoke", "star_tiny", "star_quick", "star", "grid_tiny", "grid_quick", "grid", "diagonal_tiny", "diagonal",
-        "lr_check", "star_mixer_tiny", "star_swin_tiny", "star_sigmoid",
+        "lr_check", "star_mixer_tiny", "star_swin_tiny", "star_quick_sigmoid",
     }  # fmt: skip
 
 

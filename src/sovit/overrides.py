@@ -16,7 +16,7 @@ from typing import Any
 from sovit.strict import ConfigError, keys_of, nearest, read_yaml, shown
 
 EXPERIMENT = "experiment"
-NOT_OF_A_RUN = ("launcher",)  # folders of conf/ that say how cells are started, not what they are
+NOT_OF_A_RUN = ("launcher", "task")  # folders of conf/ that say how cells are started or judged, not what they are
 _OVERRIDE = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*)(?P<equals>=?)(?P<value>.*)", re.DOTALL)
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_./@-]*")
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
@@ -44,14 +44,14 @@ def check_input(overrides: Sequence[str], conf_dir: Path, schema: type, *, once:
     groups = groups_of(conf_dir)
     given: dict[str, str] = {}
     for text in overrides:
-        key, value = _check_override(text, groups, schema)
+        key, value = check_override(text, groups, schema)
         if once and given.get(key, value) != value:
             raise ConfigError(f"{key} is given twice, as {given[key]} and as {value}; drop one.")
         given[key] = value
     _check_files({key: value for key, value in given.items() if key in groups}, groups, conf_dir, schema)
 
 
-def _check_override(text: str, groups: Mapping[str, Sequence[str]], schema: type) -> tuple[str, str]:
+def check_override(text: str, groups: Mapping[str, Sequence[str]], schema: type) -> tuple[str, str]:
     """(key, value) of an override as it is written."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -77,6 +77,8 @@ def _check_override(text: str, groups: Mapping[str, Sequence[str]], schema: type
     if key in groups and (sign or value not in groups[key]):
         if value in groups[key]:
             raise ConfigError(f"{sign}{key} would add a second {key}; write {key}={value}.")
+        if value.startswith("[") and "," in value:
+            raise ConfigError(f"{key}={shown(value)} is a list; choose one option of conf/{key}.")
         raise ConfigError(f"{key}={shown(value)} is not an option of conf/{key}{nearest(value, groups[key])}")
     if key in groups:
         return key, value

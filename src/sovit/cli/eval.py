@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 CHOICES = {"best": None, "average": True, "trained": False}
@@ -31,9 +32,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from sovit.downstream.tasks import evaluate  # torch loads here
+    from sovit.downstream.sets import unusable  # torch loads here
+    from sovit.downstream.tasks import evaluate
 
     found = evaluate(arguments.source, arguments.overrides, average=CHOICES[arguments.weights], again=arguments.again)
+    if unusable():
+        print(f"{unusable():,} image files could not be used; the first of them are named above.", file=sys.stderr)
     if arguments.json:
         print(json.dumps(found.content, indent=1))
         return 0

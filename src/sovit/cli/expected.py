@@ -104,14 +104,14 @@ def spreads(
 
 def _measured(directory: Path, fit: Mapping[str, Any] | None, metric: tuple[str, int]) -> dict[str, Spread]:
     """The noise of finished runs: from repeated seeds, else from the fit given or in their directory."""
-    from sovit.analysis.planning.information import ASSUMED, fitted_spreads, seed_spread
-    from sovit.analysis.points import load_points
+    from sovit.analysis.planning.information import fitted_spreads, seed_spread
+    from sovit.analysis.points import dimensions, load_points
     from sovit.analysis.star import HEADLINE
 
     points, _ = load_points(directory, *metric)
     found = seed_spread([point for point in points if point.error <= HEADLINE])
     if found:
-        return dict.fromkeys(ASSUMED, found)
+        return dict.fromkeys(dimensions(points[0])._fields, found)
     if fit is None and not (directory / "fit.json").exists():
         raise ValueError(
             f"{directory} has no shape with two seeds and no fit.json to tell the noise; run sovit fit {directory}, "

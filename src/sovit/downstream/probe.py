@@ -46,8 +46,8 @@ class Config:
     mixup: float = 0.0
     standardise: bool = True
     batch_size: int = 128
-    lr: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
-    epochs: list[int] = field(default_factory=lambda: [10, 30])
+    lr: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0])
+    epochs: list[int] = field(default_factory=lambda: [10, 30, 100])
     weight_decay: list[float] = field(default_factory=lambda: [0.0, 1e-4])
     momentum: float = 0.9
     warmup: float = 0.1
@@ -179,7 +179,7 @@ def text(result: dict[str, Any]) -> list[str]:
         f"epochs={chosen['epochs']} ({chosen['heldout_accuracy']:.3f} right of the held-out part)"
     )
     if result["at_edge"]:
-        lines.append(f"the best {' and '.join(result['at_edge'])} is at the end of its range: widen the range")
+        lines.append(f"at the end of its range, so widen it: {' and '.join(result['at_edge'])}")
     return lines
 
 

@@ -7,6 +7,7 @@ cannot be read and goes on; computes no features.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -151,7 +152,9 @@ def fewshot(data: str, cfg: RunConfig, *, shots: Sequence[int], key: str = "task
     view = TestView(size, channels)
     return _as_config(
         key,
-        lambda: fewshot_set(fewshot_name(data), support, test, view, shots=shots, threads=_threads(), note=_note()),
+        lambda: fewshot_set(
+            fewshot_name(data), support, test, view, shots=shots, threads=_threads(), note=_note(support, test)
+        ),
     )
 
 
@@ -178,7 +181,7 @@ def _unseen(cfg: RunConfig) -> tuple[Labelled, Labelled]:
 
 def _labelled(data: str, images: Images, cfg: RunConfig) -> Labelled:
     view = TestView(cfg.model.image_size, cfg.model.channels)
-    pixels = FilePixels(images, np.arange(len(images)), view, threads=_threads(), note=_note())
+    pixels = FilePixels(images, np.arange(len(images)), view, threads=_threads(), note=_note(images))
     return Labelled(fewshot_name(data), pixels, images.labels.astype(np.int64), images.classes, images.name)
 
 
@@ -209,8 +212,22 @@ def _as_config(key: str, function: Callable[[], T]) -> T:
         raise ConfigError(str(error).replace("eval.datasets", key).replace("eval.shots", "task.shots")) from None
 
 
-def _note() -> Callable[[str, str], None]:
-    return BadFiles(None).note
+def unusable() -> int:
+    """How many files this process has found that it could not use; the first few were named on standard error."""
+    return len(_known().reasons) + _known().beyond
+
+
+def _note(*sources: Images) -> Callable[[str, str], None]:
+    """What is told of files that cannot be used; those that the listing has left out already are told at once."""
+    known = _known()
+    for images in sources:
+        known.note_left_out(images)
+    return known.note
+
+
+@functools.cache
+def _known() -> BadFiles:
+    return BadFiles(None)
 
 
 def _threads() -> int:

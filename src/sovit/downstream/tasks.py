@@ -23,11 +23,11 @@ import torch
 from sovit import claims, records
 from sovit.config import CONF_DIR, ConfigError
 from sovit.lit.trained import Trained, load
-from sovit.overrides import _check_override as check_override
-from sovit.overrides import groups_of
+from sovit.overrides import check_override, groups_of
 from sovit.strict import build, keys_of, nearest, read_yaml, shown
 
 SCHEMA = 1
+_NOT_IDENTITY = ("num_workers", "checkpoint_every_s")  # of a task: how comfortably it is done, not what
 GROUP = "task"
 TASKS = (
     "fewshot",
@@ -198,7 +198,7 @@ def _identity(trained: Trained, cfg: Any, depends: Any) -> str:
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     tree = {
-        "config": dataclasses.asdict(cfg),
+        "config": {key: value for key, value in dataclasses.asdict(cfg).items() if key not in _NOT_IDENTITY},
         "run": records.config_hash(trained.cfg),
         "weights": weights.hexdigest(),
         "depends": depends,

@@ -38,6 +38,7 @@ from sovit.lit.fit import Work, fit
 from sovit.lit.loggers import finish, make_loggers
 from sovit.lit.ranks import PortTaken, Ranks, joined
 from sovit.lit.record import new_record
+from sovit.lit.teacher import teacher_of
 
 BASELINES = ".baselines.json"  # of a sweep
 
@@ -184,6 +185,11 @@ def _begin(
     if known and known != data_fingerprint(cfg):
         raise ConfigError(
             f"the images have changed since {directory.name} began; put them back, or choose another name or tag."
+        )
+    teacher, known = teacher_of(cfg), (before.get("teacher") or {}).get("sha256")
+    if known and (teacher is None or teacher.sha256 != known):
+        raise ConfigError(
+            f"optim.teacher has other weights than when {directory.name} began; put them back, or choose another name."
         )
     claim.check()
     point, state = checkpoints.begin(directory, plan, records.config_hash(cfg))

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 
 from sovit import records
-from sovit.config import RunConfig, model_geometry, model_options, shape_of
+from sovit.config import RunConfig, model_geometry, model_options, num_outputs, shape_of
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.pay.hardware import hardware
 from sovit.lit.data import data_fingerprint
 from sovit.lit.layout import on_gpu
+from sovit.lit.teacher import teacher_of
 
 
 def new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[str, Any]:
-    shape = shape_of(cfg)
+    shape, teacher = shape_of(cfg), teacher_of(cfg)
+    built = model_geometry(cfg) | {"num_classes": num_outputs(cfg)}
     noted = (found.get("wall_s"), (records.read_progress(directory) or {}).get("wall_s"))
     return {
         "schema": records.SCHEMA,
@@ -31,12 +33,13 @@ def new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[s
         "reason": None,
         **shape.as_dict(),
         "seed": cfg.seed,
-        "num_params": sum(num_params(shape, **model_geometry(cfg), **model_options(cfg)).values()),
+        "num_params": sum(num_params(shape, **built, **model_options(cfg)).values()),
         "forward_gflops": forward_gflops(shape, **model_geometry(cfg)),
         "config_hash": records.config_hash(cfg),
         "code_version": records.code_version(),
         "lock_sha256": records.lock_hash(),
         "data_fingerprint": data_fingerprint(cfg),
+        **({"teacher": teacher.record()} if teacher else {}),
         "torch_version": torch.__version__,
         "machine": _machine(cfg),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},

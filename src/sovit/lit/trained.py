@@ -74,7 +74,9 @@ def read(source: Path, *, average: bool | None = None) -> Weights:
     if not record:
         raise ConfigError(f"{point} has no {records.RUN} beside it, which says what model it is; keep them together.")
     tensors, kind = tensors_of(content, point, average)
-    return Weights(point, tensors, kind, content["global_step"], records.with_younger(record["config"]), record["run_id"])
+    return Weights(
+        point, tensors, kind, content["global_step"], records.with_younger(record["config"]), record["run_id"]
+    )
 
 
 def tensors_of(content: dict[str, Any], point: Path, average: bool | None) -> tuple[dict[str, torch.Tensor], str]:

@@ -30,8 +30,8 @@ from sovit.analysis.planning.information import (
     summary,
     together,
 )
-from sovit.analysis.star import HEADLINE
 from sovit.analysis.points import AnyDimensions
+from sovit.analysis.star import HEADLINE
 from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
 from sovit.duration import Duration
 from sovit.flops import forward_gflops

@@ -32,8 +32,8 @@ WIDE = math.log(2)  # half-width of an expected 95% interval of log s beyond whi
 SHORT, GOOD = 4.0, 16.0  # largest over smallest size: too short below the one, the other is what is advised
 # Exponents (a, b) that give the published s = 0.22, 0.45, 0.60 (arXiv 2305.13035) at c = 0.35. The rest is assumed: at
 # the middle of an arm and of the durations the cost of size is 0.07, xi is 0.03 and eps 0.15, an error near 0.3.
-# Of a Mixer's token MLP nothing is published: it is given those of the other MLP.
-ASSUMED = {"width": (1.10, 0.49), "depth": (0.45, 0.328), "mlp_dim": (0.30, 0.283), "token_dim": (0.30, 0.283)}
+ASSUMED = {"width": (1.10, 0.49), "depth": (0.45, 0.328), "mlp_dim": (0.30, 0.283)}
+_LIKE = {"token_dim": "mlp_dim"}  # of a Mixer's token MLP nothing is published
 _BETA, _XI, _C, _EPS = 0.07, 0.03, 0.35, 0.15
 
 
@@ -96,7 +96,7 @@ def arm(name: str, law: Law, spread: Spread, x: ArrayLike, t: ArrayLike, run: Ar
 
 def assumed_law(name: str, x: float, t: float) -> Law:
     """The law assumed without data: the exponents of ``ASSUMED``, its optimum at size ``x`` for compute ``t`` (GFLOPs)."""
-    a, b = ASSUMED[name]
+    a, b = ASSUMED[_LIKE.get(name, name)]
     return Law(_BETA * b / a * x**a, a, _BETA * x**-b * t**_C, b, _XI * t**_C, _C, _EPS)
 
 
@@ -364,7 +364,10 @@ def fitted_spreads(fit: Mapping[str, Any]) -> dict[str, Spread]:
 
 
 def fitted_laws(fit: Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, Law]:
-    """Arm -> law, of a star's fit.json; of all dimensions unless ``names`` says which. Raises ValueError if an arm has none, or one without an optimum."""
+    """Arm -> law, of a star's fit.json; of all dimensions unless ``names`` says which.
+
+    Raises ValueError if an arm has none, or one without an optimum.
+    """
     laws = {}
     for name in fit["center"] if names is None else names:
         row = fit["arms"].get(name)

@@ -93,10 +93,11 @@ def _headline(fit: dict[str, Any]) -> Table | None:
                 Cell(row["verdict"], tone="good" if row["verdict"] == "holds" else "doubt"),
             )
         )
+    others, every = ("two", "three") if len(arms_of_star(fit)) == 3 else ("three", "four")
     caption = (
-        "At 10x compute: by how much the best size grows, the other two held; no recipe for growing all three at once. Over "
-        "cut-offs: the lowest and highest s when only errors below other limits are fitted. Parabola slope: the same "
-        "exponent without the law, from a parabola through each slice of equal compute. Minima inside: at how many "
+        f"At 10x compute: by how much the best size grows, the other {others} held; no recipe for growing all {every} at "
+        "once. Over cut-offs: the lowest and highest s when only errors below other limits are fitted. Parabola slope: the "
+        "same exponent without the law, from a parabola through each slice of equal compute. Minima inside: at how many "
         "computes the lowest error is not at an end of the arm; an exponent needs half of them inside."
     )
     return table("exponents", columns, rows, caption, stacks=True)

@@ -132,6 +132,8 @@ def comparison(found: dict[str, Any]) -> Document:
         f"Two star sweeps, {metric}. For each dimension the best size is taken to grow with compute t as t^s; the ratio is "
         f"{names[1]}'s exponent over {names[0]}'s."
     )
+    untested = {name: one["why"] for name, one in found["dimensions"].items() if one["p"] is None}
+    doubts = [f"{ARMS.get(name, name)} is not compared: {why}." for name, why in untested.items()] + found["notes"]
     quiet = verdict(found).startswith("No difference")
     answer = [Cell(verdict(found), tone="" if quiet else "good")]
     return document(
@@ -139,7 +141,7 @@ def comparison(found: dict[str, Any]) -> Document:
         f"{names[0]} and {names[1]}",
         lead,
         answer,
-        [_table(found), _figure(found), bullets([Cell(note, tone="doubt") for note in found["notes"]])],
+        [_table(found), _figure(found), bullets([Cell(note, tone="doubt") for note in doubts])],
         [_settings(found), _how(found)],
     )
 
@@ -154,14 +156,14 @@ def _table(found: dict[str, Any]) -> Table | None:
         Column("change", "difference of s"),
         Column("p", "p", True),
         Column("p_holm", "p, Holm", True),
-        Column("seen", "ratio seen 4 times in 5"),
+        Column("seen", "seen 4 in 5"),
     )
     rows = []
     for name, one in found["dimensions"].items():
         title = Cell(ARMS.get(name, name), tone="strong")
         ends = [Cell(_s(one[which]), one[which]) for which in ("first", "second")]
         if one["p"] is None:
-            rows.append((title, *ends, *[Cell("-")] * 4, Cell(f"not compared: {one['why']}", tone="bad")))
+            rows.append((title, *ends, *[Cell("-")] * 4, Cell("not compared", tone="bad")))
             continue
         tone = "good" if one["p_holm"] <= _TAKEN_FOR_NONE else ""
         seen = Cell(_seen(one["seen"]), one["seen"]) if one["seen"] else Cell("not asked for")
