@@ -6,6 +6,7 @@ on the command line (bare, with +, ++ and ~), in a copy of ``conf/`` and in copi
 
 import dataclasses
 import random
+import re
 import shutil
 import string
 import subprocess
@@ -174,11 +175,14 @@ def copied_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # What a file leaves to be said beside it.
 NEEDS = {
     "vit": ["model.image_size=224"],
+    "mixer_tiny": ["shape=16x2x8x32"],
     "vit22b": ["model.image_size=224", "shape=256x1x256"],
     **{name: ["data.root=pictures", "data.num_classes=8"] for name in ("imagefolder", "webdataset", "hf")},
 }
 CONF_FILES = sorted(
-    path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml") if path.parts[len(CONF_DIR.parts)] != "launcher"
+    path.relative_to(CONF_DIR)
+    for path in CONF_DIR.rglob("*.yaml")
+    if path.parts[len(CONF_DIR.parts)] not in ("launcher", "task")  # no part of a run's configuration
 )
 
 
@@ -203,10 +207,30 @@ def test_no_misspelt_key_passes_in_a_file_of_conf(
     assert count >= 4 * len(list(keys_in(yaml.compose(text, Loader=yaml.SafeLoader)))) - 2
 
 
+def test_no_misspelt_key_passes_in_a_file_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sovit.downstream import tasks
+
+    shutil.copytree(CONF_DIR, tmp_path / "conf")
+    monkeypatch.setattr(tasks, "CONF_DIR", tmp_path / "conf")
+    count = 0
+    for recipe in tasks.recipes():
+        file = tmp_path / "conf" / "task" / f"{recipe}.yaml"
+        text, known = file.read_text(), {*tasks.TASKS, *yaml.safe_load(file.read_text())}
+        for _, meant, wrong in misspelt(file, known):
+            file.write_text(wrong)
+            with pytest.raises(ConfigError, match=re.escape(meant)) as refusal:
+                tasks.compose([f"task={recipe}"])
+            assert str(file) in str(refusal.value)
+            count += 1
+        file.write_text(text)
+        assert tasks.compose([f"task={recipe}"])
+    assert count >= 4 * 10 * 5
+
+
 def test_no_misspelt_file_or_folder_of_conf_passes(copied_conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A renamed group or option leaves what names it without a target."""
     for path in [*copied_conf.glob("*/"), copied_conf / "optim" / "adamw.yaml", copied_conf / "logger" / "wandb.yaml"]:
-        if path.name in ("experiment", "launcher"):  # config.yaml names no option of these
+        if path.name in ("experiment", "launcher", "task"):  # config.yaml names no option of these
             continue
         for slip in mutants(path.stem, set(config_groups())):
             path.rename(path.with_stem(slip) if path.suffix else path.with_name(slip))

@@ -79,6 +79,15 @@ def test_one_seed_tells_nothing_apart_and_says_so() -> None:
         standings({"a": {}, "b": {1: 0.4}}, "a")
 
 
+def test_a_shape_without_a_seed_in_common_is_not_compared() -> None:
+    """Its own seeds may have been the easy ones: b looks twice as bad as a, and could be as good."""
+    found = standings({"a": {1: 0.2, 2: 0.21}, "b": {3: 0.4, 4: 0.5}, "c": {2: 0.3, 1: 0.31}}, "a")
+    assert set(found.against) == {"c"} and found.degrees == 1
+    assert found.interval["b"] == (None, None) and found.mean["b"] == pytest.approx(math.sqrt(0.4 * 0.5))
+    chain = standings({"a": {1: 0.2}, "b": {2: 0.4}, "c": {1: 0.3, 2: 0.3}}, "a")  # tied by c: 0.2/0.3 and 0.4/0.3
+    assert chain.against["b"].ratio == pytest.approx(2.0)
+
+
 def test_the_conventional_rival_is_the_nearest_in_cost_of_all_widths() -> None:
     for predicted, geometry in ((SO150M, LARGE), (Shape(32, 3, 112, 4, 8), TINY)):
         found = rivals.conventional(predicted, geometry).shape
@@ -108,6 +117,13 @@ def test_neighbours_lie_a_step_away_in_one_dimension_or_in_all() -> None:
         assert shape.width % 16 == 0 and shape.mlp_dim % 16 == 0
     smallest = Shape(4, 1, 8, 4, 8)  # nothing lies below it
     assert all(min(_sizes(shape)) >= 1 and shape != smallest for shape in rivals.neighbours(smallest))
+
+
+def test_a_star_of_one_head_dimension_gets_neighbours_and_a_model_of_its_size_that_have_it() -> None:
+    predicted = Shape(384, 8, 1024, 6, 14)
+    for shape in (*rivals.neighbours(predicted, 64), rivals.same_parameters(predicted, LARGE, 64).shape):
+        assert shape.head_dim == 64
+    assert {shape.width for shape in rivals.neighbours(predicted, 64)} == {256, 384, 512}
 
 
 def _sizes(shape: Shape) -> tuple[int, int, int]:
@@ -151,6 +167,86 @@ def test_a_star_that_lists_its_durations_or_varies_more_is_refused(tmp_path: Pat
         proof.write(
             tmp_path / "p.yaml", load_sweep(other), name="p", shapes=["32x3x96"], seeds=[1], compute=3, about=""
         )
+
+
+@pytest.mark.parametrize(
+    ("star", "grid", "overrides", "name", "said"),
+    [
+        ("star_quick", "grid_quick", ["durations.last=8 gflops"], "p", r"a proof sets durations\.last"),
+        ("star_quick", "grid_quick", ["seed=3"], "p", "a proof sets seed"),
+        ("grid_quick", "star_quick", [], "p", "is a grid; --star needs a star"),
+        ("star_tiny", "grid_quick", [], "p", r"list durations\.values"),
+        ("star_mixer_tiny", "grid_quick", [], "p", "family mixer"),
+        ("star_quick", "grid_quick", [], "star_quick", "a sweep is called star_quick already"),
+        ("star_quick", "grid_quick", [], "../p", "letters, digits"),
+    ],
+)
+def test_what_cannot_end_in_a_proof_is_refused_before_a_cell_is_trained(
+    star: str, grid: str, overrides: list[str], name: str, said: str
+) -> None:
+    sweeps = Path(__file__).parents[1] / "sweeps"
+    with pytest.raises(SweepError, match=said):
+        proof.refuse(
+            *(load_sweep(sweeps / f"{one}.yaml", overrides) for one in (star, grid)), overrides=overrides, name=name
+        )
+
+
+def test_a_proof_is_not_called_so_that_its_parts_are_the_star(tmp_path: Path) -> None:
+    sweeps = Path(__file__).parents[1] / "sweeps"
+    star, grid = (load_sweep(sweeps / f"{one}_quick.yaml", [f"runs_dir={tmp_path}"]) for one in ("star", "grid"))
+    called = load_sweep(sweeps / "star_quick.yaml", [f"runs_dir={tmp_path}", "name=mine_proof"])
+    with pytest.raises(SweepError, match="called mine_proof already"):
+        proof.refuse(called, grid, [], "mine")
+    proof.refuse(star, grid, [], "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sweep.yaml").touch()
+    with pytest.raises(SweepError, match="holds the runs of a sweep"):
+        proof.refuse(star, grid, [], "mine")
+
+
+def test_rivals_alike_but_for_their_heads_keep_their_own_runs_and_strays_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64x12x256 with 4 heads and with 1, in two folders; one run of the latter ended at half the budget."""
+    from sovit.analysis.points import Point
+    from sovit.analysis.proof import evidence
+
+    def load(folder: Path, *_: object) -> tuple[list[Point], list]:
+        sizes, error = {"proof": ((64, 12, 256), 0.3), "habit": ((64, 12, 256), 0.4), "local": ((40, 3, 96), 0.2)}[
+            folder.name
+        ]
+        runs = [(seed, 160.0 if (folder.name, seed) == ("habit", 3) else 320.0) for seed in (1, 2, 3)]
+        points = [Point(f"{folder.name}-{seed}", *sizes, seed, t, "320 gflops", round(error + seed / 100, 2), 0.01, 3)
+                  for seed, t in runs]  # fmt: skip
+        if folder.name == "proof":
+            points += [Point(f"p-{seed}", 32, 3, 96, seed, 320.0, "320 gflops", 0.2, 0.01, 3) for seed in (1, 2, 3)]
+        return points, []
+
+    monkeypatch.setattr(evidence, "load_points", load)
+    monkeypatch.setattr(evidence, "_exponents", lambda star: [])
+    for name in ("proof", "habit", "local"):
+        (tmp_path / name).mkdir()
+    predicted, four, one = Shape(32, 3, 96, 4, 8), Shape(64, 12, 256, 4, 8), Shape(64, 12, 256, 1, 8)
+    found = evidence.gather(
+        [rivals.Rival(rivals.PREDICTED, predicted, ""), rivals.Rival(rivals.SAME_PARAMETERS, four, ""),
+         rivals.Rival(rivals.CONVENTIONAL, one, ""), rivals.Rival(rivals.PUBLISHED, predicted, "")],
+        tmp_path, folders={tmp_path / "proof": [predicted, four], tmp_path / "habit": [one]}, local=tmp_path / "local",
+        metric=("fractals", 10), compute=320.0, joint=None, star=tmp_path, num_seeds=2,
+        prediction=_found(1.0, 1.0)["prediction"] | {"geometry": TINY},
+    )  # fmt: skip
+    assert [row["errors"] for row in found["rows"][1:3]] == [
+        {"1": 0.31, "2": 0.32, "3": 0.33},
+        {"1": 0.41, "2": 0.42},
+    ]
+    assert [one["run_id"] for one in found["lost"]] == ["habit-3"]
+    assert not found["complete"]  # for want of a neighbour
+
+    from sovit.analysis.report import proof as report
+
+    said = " ".join(report.text(found).split())
+    assert "No neighbour has finished" in said and "also that of the published exponents" in said
+    assert "the same shape" in said and "habit-3: ended at 160 GFLOPs" in said
+    assert report.write(found, tmp_path).exists()
 
 
 def test_a_losing_prediction_is_said_to_lose_and_where_the_law_failed(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ TRUTH = TimeModel(
 )  # fmt: skip
 SHAPES = ["32x4x128", "16x4x128", "256x4x128", "32x1x128", "32x16x128", "32x4x16", "32x4x512"]
 FEW = SHAPES[:3]
+METRIC = {"name": "eval/fractals_5shot/error", "goal": "minimize"}
 TINY = [
     "logger=none", "data.num_classes=8", "data.num_heldout=4", "durations.values=[80 steps]", "durations.first=null",
     "durations.last=null", "durations.num=null", "eval.shots=[1,5]", "trainer.global_batch_size=16",
@@ -45,7 +46,7 @@ def planned(shapes: list[str], *overrides: str, workers: int = 2) -> Plan:
 @functools.cache  # composing is slow, and a plan is a value
 def _planned(shapes: tuple[str, ...], overrides: tuple[str, ...], workers: int) -> Plan:
     cells = [["experiment=star_tiny", f"shape={shape}", *overrides, f"runs_dir={NOWHERE}"] for shape in shapes]
-    return plan(Sweep("star_tiny", Path("star.yaml"), {}, cells), workers=workers)
+    return plan(Sweep("star_tiny", Path("star.yaml"), METRIC, cells), workers=workers)
 
 
 def test_of_a_cell_with_several_processes_the_share_of_one_is_timed() -> None:

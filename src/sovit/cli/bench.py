@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +234,8 @@ def _fit_text(fit: Any) -> list[str]:
             "images and activations",
             f"  memory of a shape left out: {_held_out(fit.bytes_held_out)}",
         ]
-    return lines
+    wrapped = [textwrap.wrap(line, 100, subsequent_indent="    ", break_on_hyphens=False) for line in lines]
+    return [part for parts in wrapped for part in parts]
 
 
 _RATES = {"products": "in products with weights", "attention": "in attention"}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 CHOICES = {"best": None, "average": True, "trained": False}
-TASK_HELP = "task=NAME, and task.KEY=VALUE for keys of conf/task/NAME.yaml"
+TASK_HELP = "task=NAME, and task.KEY=VALUE for keys of conf/task/NAME.yaml, which says what each key does"
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -42,7 +42,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         print(json.dumps(found.content, indent=1))
         return 0
     about = found.content
-    print(f"{about['task']} of {about['source']} ({about['weights']} weights, {about['step']:,} steps)")
+    print(f"{about['task']} of {about['run_id']} ({about['weights']} weights, {about['step']:,} steps)")
     for line in found.lines:
         print(f"  {line}" if line else "")
     print(f"{found.path}{'' if found.fresh else ' (was there; --again makes it anew)'}")

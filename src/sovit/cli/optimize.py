@@ -49,7 +49,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     optimize.add_argument(
         "--seeds", type=positive, default=SEEDS, metavar="N", help="of each shape (default: %(default)s)"
     )
-    optimize.add_argument("--name", default="optimize", help="of the proof's sweeps and folder (default: %(default)s)")
+    optimize.add_argument(  # dest: arguments.name is the command's
+        "--name", dest="proof", metavar="NAME", default="optimize",
+        help="of the proof's sweeps and folder (default: %(default)s)",
+    )  # fmt: skip
     optimize.add_argument("--workers", type=positive, metavar="N", help="cells at once (default: by cores or GPUs)")
     optimize.add_argument("--launcher", default="local", metavar="NAME", help="as of sovit run")
     optimize.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="set in every cell, such as logger=none")
@@ -74,22 +77,32 @@ class _Place:
         return self.runs / self.name
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """The star's rule: so many heads at every width, or, if ``dim``, heads of one dimension."""
+
+    num: int
+    dim: int | None
+
+    @property
+    def options(self) -> list[str]:
+        return ["--head-dim", str(self.dim)] if self.dim else ["--heads", str(self.num)]
+
+    def are_of(self, shape: Shape) -> bool:
+        return shape.head_dim == self.dim if self.dim else shape.num_heads == self.num
+
+
 def _optimize(arguments: argparse.Namespace) -> int:
-    from sovit.config import compose
+    from sovit.config import compose, vit_shape_of
+    from sovit.launch import proof
     from sovit.launch.sweep import load_sweep, metric_of
 
     star, grid = (load_sweep(file, arguments.overrides) for file in (arguments.star, arguments.grid))
+    proof.refuse(star, grid, arguments.overrides, arguments.proof)
     here, there = (compose(sweep.cells[0]) for sweep in (star, grid))
-    if here.name == there.name:
-        raise ValueError(f"{star.path} and {grid.path} are both called {here.name}; give one of them another name.")
-    if star.metric != grid.metric:
-        raise ValueError(f"{star.path} and {grid.path} have two metrics; the proof needs one.")
-    if arguments.name in (here.name, there.name) or not arguments.name.replace("_", "").isalnum():
-        raise ValueError(
-            f"--name {arguments.name!r}: letters, digits and _ only, and no name of the sweeps themselves."
-        )
     runs = Path(here.runs_dir)
-    place = _Place(runs, runs / here.name, runs / there.name, arguments.name)
+    heads = _Heads(vit_shape_of(here, "a proof").num_heads, here.model.head_dim)
+    place = _Place(runs, runs / here.name, runs / there.name, arguments.proof)
     dataset, shots = metric_of(star.metric["name"])
     metric = ["--dataset", dataset, "--shots", str(shots)]
     for title, sweep, folder in (("1 of 5  the star", star, place.star), ("2 of 5  the grid", grid, place.grid)):
@@ -100,16 +113,16 @@ def _optimize(arguments: argparse.Namespace) -> int:
     if arguments.law == "flops":
         _quietly(["fit", str(place.star), str(place.grid), "--law", "flops", *metric])
     compute = _compute(arguments, place)
-    prediction = _predict(arguments, place, compute)
-    published = json.loads(_quietly([*_published(place, compute), "--json"]))
-    geometry, predicted = prediction["geometry"], _shape(prediction)
-    print(f"predicted for {compute:,g} GFLOPs: {predicted}   (published exponents: {_shape(published)})", flush=True)
+    prediction = _predict(arguments, place, heads, compute)
+    geometry, predicted, published = prediction["geometry"], _shape(prediction), _published(place, heads, compute)
+    beside = f"published exponents: {published}" if published else "no origin to start the published exponents from"
+    print(f"predicted for {compute:,g} GFLOPs: {predicted}   ({beside})", flush=True)
 
     _stage("4 of 5  the local grid: one seed, to choose the neighbour that the prediction must beat")
-    neighbour = _best_neighbour(arguments, place, star, predicted, compute, (dataset, shots))
+    neighbour = _best_neighbour(arguments, place, star, heads, predicted, compute, (dataset, shots))
     _stage(f"5 of 5  the proof: {arguments.seeds} seeds of each rival at equal compute")
-    rivals = _rivals(predicted, _shape(published), neighbour, geometry)
-    _prove(arguments, place, star, rivals, compute)
+    rivals = _rivals(predicted, published, neighbour, geometry, heads)
+    folders = _prove(arguments, place, star, heads, rivals, compute)
 
     from sovit.analysis.proof import evidence
     from sovit.analysis.report import proof as report
@@ -117,7 +130,7 @@ def _optimize(arguments: argparse.Namespace) -> int:
     found = evidence.gather(
         rivals,
         place.own,
-        folders=(place.runs / f"{place.name}_proof", place.runs / f"{place.name}_habit"),
+        folders=folders,
         local=place.runs / f"{place.name}_local",
         metric=(dataset, shots),
         compute=compute,
@@ -131,15 +144,20 @@ def _optimize(arguments: argparse.Namespace) -> int:
     return 0 if found["complete"] else 1
 
 
-def _rivals(predicted: Shape, published: Shape, neighbour: Shape | None, geometry: Mapping[str, Any]) -> list[Rival]:
+def _rivals(
+    predicted: Shape, published: Shape | None, neighbour: Shape | None, geometry: Mapping[str, Any], heads: _Heads
+) -> list[Rival]:
     from sovit.analysis.proof import rivals
 
     found = [
         rivals.Rival(rivals.PREDICTED, predicted, "the shape that the sweeps predict"),
-        rivals.Rival(rivals.PUBLISHED, published, "SoViT's exponents .22, .45, .60 from the same origin"),
-        rivals.same_parameters(predicted, geometry),
+        rivals.same_parameters(predicted, geometry, heads.dim),
         rivals.conventional(predicted, geometry),
     ]
+    if published is not None:
+        found.insert(
+            1, rivals.Rival(rivals.PUBLISHED, published, "SoViT's exponents .22, .45, .60 from the same origin")
+        )
     if neighbour is not None:
         why = f"{rivals.moved(neighbour, predicted)}: the best of the local grid on another seed"
         found.append(rivals.Rival(rivals.NEIGHBOUR, neighbour, why))
@@ -147,14 +165,20 @@ def _rivals(predicted: Shape, published: Shape, neighbour: Shape | None, geometr
 
 
 def _best_neighbour(
-    arguments: argparse.Namespace, place: _Place, star: Sweep, predicted: Shape, compute: float, metric: tuple[str, int]
+    arguments: argparse.Namespace,
+    place: _Place,
+    star: Sweep,
+    heads: _Heads,
+    predicted: Shape,
+    compute: float,
+    metric: tuple[str, int],
 ) -> Shape | None:
     """The neighbour of least error on the choosing seed; None if none has finished."""
     from sovit.analysis.points import load_points
     from sovit.analysis.proof.rivals import neighbours
     from sovit.launch import proof
 
-    shapes = [predicted, *neighbours(predicted)]
+    shapes = [predicted, *neighbours(predicted, heads.dim)]
     name, file = f"{place.name}_local", place.own / "local.yaml"
     proof.write(
         file, star, name=name, shapes=[str(shape) for shape in shapes], seeds=[_CHOOSING], compute=compute,
@@ -168,18 +192,15 @@ def _best_neighbour(
     return min(known, key=known.__getitem__) if known else None
 
 
-def _prove(arguments: argparse.Namespace, place: _Place, star: Sweep, rivals: Sequence[Rival], compute: float) -> None:
-    from sovit.config import compose
+def _prove(
+    arguments: argparse.Namespace, place: _Place, star: Sweep, heads: _Heads, rivals: Sequence[Rival], compute: float
+) -> dict[Path, list[Shape]]:
+    """Train every rival; returns the folders of the runs, each with its shapes: those with the star's heads, and others."""
     from sovit.launch import proof
 
-    head_dim = compose(
-        star.cells[0]
-    ).model.head_dim  # the star's rule: heads of one dimension, or so many at every width
     groups: dict[str, list[Shape]] = {"proof": [], "habit": []}
     for rival in rivals:
-        shape, first = rival.shape, rivals[0].shape
-        same = shape.head_dim == head_dim if head_dim else shape.num_heads == first.num_heads
-        groups["proof" if same else "habit"].append(shape)
+        groups["proof" if heads.are_of(rival.shape) else "habit"].append(rival.shape)
     for group, shapes in groups.items():
         if not shapes:
             continue
@@ -191,6 +212,7 @@ def _prove(arguments: argparse.Namespace, place: _Place, star: Sweep, rivals: Se
             about="A predicted shape and its rivals at equal compute, made by sovit optimize.",
         )  # fmt: skip
         _run(arguments, file)
+    return {place.runs / f"{place.name}_{group}": shapes for group, shapes in groups.items()}
 
 
 def _compute(arguments: argparse.Namespace, place: _Place) -> float:
@@ -202,10 +224,10 @@ def _compute(arguments: argparse.Namespace, place: _Place) -> float:
     return float(f"{(arguments.factor or FACTOR) * largest_compute(read_fit(place.star, 'star')[1]):.3g}")
 
 
-def _predict(arguments: argparse.Namespace, place: _Place, compute: float) -> dict[str, Any]:
+def _predict(arguments: argparse.Namespace, place: _Place, heads: _Heads, compute: float) -> dict[str, Any]:
     """The prediction, as ``sovit predict --json`` says it, kept as prediction.json.
 
-    Raises ValueError if runs of the proof are there for another predicted shape.
+    Raises ValueError if the proof was begun for another predicted shape or budget.
     """
     from sovit import records
 
@@ -213,21 +235,26 @@ def _predict(arguments: argparse.Namespace, place: _Place, compute: float) -> di
         command = ["predict", "--law", "flops", "--joint", str(place.joint), "--compute", f"{compute:g}"]
     else:
         command = ["predict", "--fit", str(place.star), "--grid", str(place.grid), "--compute", f"{compute:g}"]
+    command += heads.options
     found = json.loads(_quietly([*command, "--json"]))
     file = place.own / "prediction.json"
     before = records.read_object(file)
-    if before and (place.own / "proof.yaml").exists() and _shape(before) != _shape(found):
-        raise ValueError(
-            f"{file}: the proof was begun for {_shape(before)}, but the sweeps now predict {_shape(found)}; "
-            "give this one --name NEW."
-        )
+    was, here = (f"{_shape(one)} at {one['t_gflops']:,g} GFLOPs" if one else "" for one in (before, found))
+    if was and was != here and (place.own / "local.yaml").exists():
+        raise ValueError(f"{file}: the proof was begun for {was}, and this would be {here}; give this one --name NEW.")
     place.own.mkdir(parents=True, exist_ok=True)
     records.write_json(file, found | {"command": ["sovit", *command]})
     return found
 
 
-def _published(place: _Place, compute: float) -> list[str]:
-    return ["predict", "--exponents", _PUBLISHED, "--grid", str(place.grid), "--compute", f"{compute:g}"]
+def _published(place: _Place, heads: _Heads, compute: float) -> Shape | None:
+    """The published exponents' shape from the grid's origin; None if the grid has none."""
+    from sovit.analysis.forecast.exponents import read_fit
+
+    if not read_fit(place.grid, "grid")[1]["origin"]:
+        return None
+    command = ["predict", "--exponents", _PUBLISHED, "--grid", str(place.grid), "--compute", f"{compute:g}"]
+    return _shape(json.loads(_quietly([*command, *heads.options, "--json"])))
 
 
 def _shape(prediction: Mapping[str, Any]) -> Shape:

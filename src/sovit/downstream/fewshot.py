@@ -61,6 +61,13 @@ def run(trained: Trained, cfg: Config, work: Path) -> dict[str, Any]:
     """Rows by data set and shots: mean error over the draws with a 95 % interval, chance, and the ridge on raw pixels."""
     shots, draws, l2 = _settings(cfg, trained)
     found = [sets.fewshot(data, trained.cfg, shots=shots) for data in cfg.data]
+    for one in found if cfg.shots is not None else ():
+        least = int(np.bincount(one.train_labels.numpy(), minlength=one.num_classes).min())
+        if shots[-1] > least:
+            raise ConfigError(
+                f"task.shots asks for {shots[-1]} images of each class, but {one.name} has {least} of one to draw from; "
+                "ask for fewer."
+            )
     features = [(extract(trained.model, one.train_images), extract(trained.model, one.test_images)) for one in found]
     chosen: dict[int, float | str] = dict.fromkeys(shots, l2)
     if l2 == "rank":

@@ -99,6 +99,10 @@ def found(source: Path) -> tuple[Path, dict[str, Any]]:
     run = source.is_dir() and not (source / sharded.INDEX).exists() and source.suffix != ".ckpt"
     points = [source / point.name for point in reversed(checkpoints.resume_points(source))] if run else [source]
     if not points:
+        if exported := sorted(source.glob("*.safetensors")):
+            raise ConfigError(f"{source} is no run's folder; for what sovit export wrote there give {exported[0]}.")
+        if any(source.glob(f"*/{records.RUN}")):
+            raise ConfigError(f"{source} is the folder of a sweep; give that of one of its runs.")
         raise ConfigError(
             f"{source} holds no resume point; those of a finished run are kept with trainer.keep_checkpoint=true."
         )

@@ -81,7 +81,7 @@ def export(
             said = _folder(model, card, place, kind)
     what = model.weights
     total = sum(tensor.numel() for tensor in what.tensors.values())
-    head = f"{out}: the {what.kind} weights of {what.source} after {what.step:,} steps, {total:,} numbers."
+    head = f"{out}: the {what.kind} weights of {what.run_id} after {what.step:,} steps, {total:,} parameters."
     code = [line.replace(repr(place.name), repr(str(out))) for line in said.code]
     return "\n".join(
         [head, *said.notes, said.checked, *([""] if code else []), *(f"    {line}".rstrip() for line in code)]

@@ -193,9 +193,18 @@ def load(cfg: RunConfig, folder: Any) -> Any:
     """A function from pixels to logits by the installed transformers. Raises ImportError without it."""
     import transformers
     from safetensors.torch import load_file
+    from transformers.utils import logging
 
     loader = getattr(transformers, CLASSES[cfg.model.pool])
-    model = loader.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval()
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # SigLIP's text model, which is not there, warns of its tokens
+    try:
+        model = loader.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval()
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
     if cfg.model.pool != "map":
         return lambda pixels: model(pixel_values=pixels).logits
     classifier = {name: tensor.float() for name, tensor in load_file(f"{folder}/{CLASSIFIER}").items()}

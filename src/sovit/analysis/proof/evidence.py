@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from sovit import records
-from sovit.analysis.points import DIMENSIONS, Exclusion, Point, load_points, plain
-from sovit.analysis.proof.rivals import PREDICTED, Rival, cost, moved, parameters
+from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, Point, load_points, plain
+from sovit.analysis.proof.rivals import NEIGHBOUR, PREDICTED, Rival, cost, moved, parameters
 from sovit.analysis.proof.standing import Standings, standings
 from sovit.shape import Shape
 
 SCHEMA = 1
 _NEAR = 0.02  # of the budget: steps are whole, so a run ends a little off
-Measured = dict[tuple[int, int, int], dict[int, list[Point]]]
+Runs = dict[int, list[Point]]  # by seed, in the order of compute
 
 
 def gather(
     rivals: Sequence[Rival],
     own: Path,
     *,
-    folders: Iterable[Path],
+    folders: Mapping[Path, Iterable[Shape]],
     local: Path,
     metric: tuple[str, int],
     compute: float,
@@ -33,32 +33,35 @@ def gather(
 ) -> dict[str, Any]:
     """The standings of ``rivals``, the predicted one first, from the runs in ``folders``; written to ``own``/proof.json.
 
-    ``local``: runs of the local grid; ``metric``: data set and shots; ``compute``: the budget in GFLOPs; ``joint``: folder
-    of the law whose forecasts are held against the measurements, if any; ``star``: folder of the star. ``complete`` says
-    whether every rival has all ``num_seeds`` runs. Raises ValueError if the predicted shape has no finished run.
+    ``folders``: of which shapes each holds the runs, for records of two numbers of heads look alike; ``local``: runs of the
+    local grid; ``metric``: data set and shots; ``compute``: the budget in GFLOPs; ``joint``: folder of the law whose
+    forecasts are held against the measurements, if any; ``star``: folder of the star. ``complete`` says whether every
+    rival, a neighbour among them, has all ``num_seeds`` runs. Raises ValueError if the predicted shape has no finished run.
     """
-    measured, lost = _measured(folders, metric)
+    measured: dict[Shape, Runs] = {}
+    lost: list[Exclusion] = []
+    for folder, shapes in folders.items():
+        here, left_out = _measured(folder, metric, compute)
+        measured |= {shape: here.get(_key(shape), {}) for shape in shapes}
+        lost += left_out
     geometry = prediction["geometry"]
     law = _law(joint)
     errors = {
-        _key(rival.shape): {
-            seed: points[-1].error
-            for seed, points in sorted(measured.get(_key(rival.shape), {}).items())
-            if abs(points[-1].t_gflops / compute - 1) < _NEAR
-        }
+        rival.shape: {seed: points[-1].error for seed, points in sorted(measured.get(rival.shape, {}).items())}
         for rival in rivals
     }
-    control = _key(rivals[0].shape)
+    control = rivals[0].shape
     found = standings(errors, control)
     rows = [_row(rival, found, errors, measured, geometry, compute, law, control) for rival in rivals]
-    around, lost_local = _measured([local], metric)
+    around, lost_local = _measured(local, metric, compute)
     content = {
         "schema": SCHEMA,
         "kind": "proof",
         "sweep": own.name,
         "metric": {"dataset": metric[0], "shots": metric[1]},
         "t_gflops": compute,
-        "complete": all(row["num_seeds"] >= num_seeds for row in rows),
+        "complete": all(row["num_seeds"] >= num_seeds for row in rows)
+        and any(row["role"] == NEIGHBOUR for row in rows),
         "level": found.level,
         "spread": found.spread,
         "degrees": found.degrees,
@@ -76,36 +79,41 @@ def gather(
     return content
 
 
-def _measured(folders: Iterable[Path], metric: tuple[str, int]) -> tuple[Measured, list[Exclusion]]:
-    """Points by shape and seed in the order of compute, and the runs that do not count."""
-    found: Measured = {}
-    lost: list[Exclusion] = []
-    for folder in folders:
-        if not folder.is_dir():
-            continue
-        points, left_out = load_points(folder, *metric)
-        lost += left_out
-        for point in sorted(points, key=lambda one: one.t_gflops):
-            shape = (point.width, point.depth, point.mlp_dim)
-            found.setdefault(shape, {}).setdefault(point.seed, []).append(point)
+def _measured(
+    folder: Path, metric: tuple[str, int], compute: float
+) -> tuple[dict[tuple[int, int, int], Runs], list[Exclusion]]:
+    """The runs that end at the budget by dimensions and seed, and those that do not count."""
+    if not folder.is_dir():
+        return {}, []
+    points, lost = load_points(folder, *metric)
+    by_run: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda one: one.t_gflops):
+        by_run.setdefault(point.run_id, []).append(point)
+    found: dict[tuple[int, int, int], Runs] = {}
+    for run_id, run in by_run.items():
+        end = run[-1]
+        if abs(end.t_gflops / compute - 1) < _NEAR:
+            found.setdefault((end.width, end.depth, end.mlp_dim), {})[end.seed] = run
+        else:
+            lost.append(Exclusion(run_id, f"ended at {end.t_gflops:.4g} GFLOPs, which is not the budget"))
     return found, lost
 
 
 def _row(
     rival: Rival,
     found: Standings,
-    errors: Mapping[Any, Mapping[int, float]],
-    measured: Measured,
+    errors: Mapping[Shape, Mapping[int, float]],
+    measured: Mapping[Shape, Runs],
     geometry: Mapping[str, Any],
     compute: float,
     law: Any,
-    control: Any,
+    control: Shape,
 ) -> dict[str, Any]:
-    key = _key(rival.shape)
+    key = rival.shape
     against = found.against.get(key)
     gflops = cost(rival.shape, geometry)
-    forecast = float(law.error(key, compute)) if law is not None else None
-    expected = forecast / float(law.error(control, compute)) if forecast is not None else None
+    forecast = float(law.error(_key(key), compute)) if law is not None else None
+    expected = forecast / float(law.error(_key(control), compute)) if forecast is not None else None
     lo, hi = found.interval.get(key, (None, None))
     return {
         "role": rival.role,
@@ -141,17 +149,17 @@ def _curve(runs: Mapping[int, Sequence[Point]]) -> list[dict[str, float]]:
     ]
 
 
-def _local(around: Measured, predicted: Shape, compute: float, law: Any) -> list[dict[str, Any]]:
+def _local(
+    around: Mapping[tuple[int, int, int], Runs], predicted: Shape, compute: float, law: Any
+) -> list[dict[str, Any]]:
     """Every shape of the local grid, the best first."""
     rows = []
     for sizes, runs in around.items():
+        forecast = float(law.error(sizes, compute)) if law is not None else None
+        move = moved(Dimensions(*sizes), predicted) if sizes != _key(predicted) else PREDICTED
         for seed, points in runs.items():
-            if abs(points[-1].t_gflops / compute - 1) < _NEAR:
-                shape = dict(zip(DIMENSIONS, sizes, strict=True))
-                there = Shape(**(predicted.as_dict() | shape))
-                forecast = float(law.error(sizes, compute)) if law is not None else None
-                move = moved(there, predicted) if sizes != _key(predicted) else PREDICTED
-                rows.append(shape | {"seed": seed, "moved": move, "error": points[-1].error, "forecast": forecast})
+            shape = dict(zip(DIMENSIONS, sizes, strict=True))
+            rows.append(shape | {"seed": seed, "moved": move, "error": points[-1].error, "forecast": forecast})
     return sorted(rows, key=lambda row: row["error"])
 
 

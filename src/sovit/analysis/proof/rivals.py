@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sovit.analysis.forecast.candidates import OPTIONS, TINY_WIDTH, nearest
+from sovit.analysis.points import HasShape, vit_dimensions
 from sovit.flops import forward_gflops, num_params
 from sovit.shape import Shape
 
@@ -59,31 +60,41 @@ def conventional(predicted: Shape, geometry: Mapping[str, Any]) -> Rival:
     )
 
 
-def same_parameters(predicted: Shape, geometry: Mapping[str, Any]) -> Rival:
-    """Depth 12, MLP 4 x width, and as many parameters as the predicted shape; heads as there, for widths that fit."""
-    heads = predicted.num_heads
-    grain = heads if predicted.width < TINY_WIDTH else math.lcm(16, heads)
-    found = (_habit(width, heads, predicted) for width in range(grain, _WIDEST, grain))
+def same_parameters(predicted: Shape, geometry: Mapping[str, Any], head_dim: int | None = None) -> Rival:
+    """Depth 12, MLP 4 x width, and as many parameters as the predicted shape; heads as there, for widths that fit.
+
+    ``head_dim``: of all heads, where the star settles that instead of their number.
+    """
+    grain = head_dim or predicted.num_heads
+    grain = grain if predicted.width < TINY_WIDTH else math.lcm(16, grain)
+    found = (_habit(width, _heads(width, predicted, head_dim), predicted) for width in range(grain, _WIDEST, grain))
     shape = _nearest(found, predicted, geometry, parameters)
     times = parameters(shape, geometry) / parameters(predicted, geometry)
     return Rival(SAME_PARAMETERS, shape, f"depth {DEPTH}, MLP {MLP_RATIO} x width; {times:.2f} x the parameters")
 
 
-def neighbours(predicted: Shape) -> list[Shape]:
-    """The local grid: a step of about 1.35 up and down in each dimension, and in all of them at once, without repeats."""
+def neighbours(predicted: Shape, head_dim: int | None = None) -> list[Shape]:
+    """The local grid: a step of about 1.35 up and down in each dimension, and in all of them at once, without repeats.
+
+    ``head_dim``: as of `same_parameters`.
+    """
     tiny = predicted.width < TINY_WIDTH
-    grains = {"width": math.lcm(predicted.num_heads, 1 if tiny else 16), "depth": 1, "mlp_dim": 8 if tiny else 16}
+    fit = head_dim or predicted.num_heads
+    grains = {"width": math.lcm(fit, 1 if tiny else 16), "depth": 1, "mlp_dim": 8 if tiny else 16}
     sizes = predicted.as_dict()
     up = {name: _stepped(sizes[name], grain, STEP) for name, grain in grains.items()}
     down = {name: _stepped(sizes[name], grain, 1 / STEP) for name, grain in grains.items()}
     moves = [{name: ends[name]} for name in grains for ends in (up, down)] + [up, down]
-    shapes = [replace(predicted, **move) for move in moves]
+    shapes = [
+        replace(predicted, **move, num_heads=_heads(move.get("width", predicted.width), predicted, head_dim))
+        for move in moves
+    ]
     return [shape for shape in dict.fromkeys(shapes) if shape != predicted]
 
 
-def moved(shape: Shape, predicted: Shape) -> str:
+def moved(shape: HasShape, predicted: HasShape) -> str:
     """In which direction a shape lies from another: "width +35%, depth -20%"."""
-    here, there = shape.as_dict(), predicted.as_dict()
+    here, there = vit_dimensions(shape)._asdict(), vit_dimensions(predicted)._asdict()
     words = {"width": "width", "depth": "depth", "mlp_dim": "MLP dimension"}
     changes = [f"{words[name]} {here[name] / there[name] - 1:+.0%}" for name in words if here[name] != there[name]]
     return ", ".join(changes) or "the same shape"
@@ -95,6 +106,10 @@ def _stepped(size: int, grain: int, factor: float) -> int:
     if factor > 1:
         return found if found > size else grain * (size // grain + 1)
     return found if found < size else max(grain * math.ceil(size / grain - 1), grain)
+
+
+def _heads(width: int, predicted: Shape, head_dim: int | None) -> int:
+    return width // head_dim if head_dim else predicted.num_heads
 
 
 def _habit(width: int, num_heads: int, predicted: Shape) -> Shape:

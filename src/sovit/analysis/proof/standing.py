@@ -5,14 +5,15 @@
 i is the shape, j the seed (which settles initialisation and stream of images, so a seed is easy or hard for all shapes
 alike), r the spread between runs, of one size for all. The differences mu_i - mu_0 from the control get simultaneous
 intervals: the critical value is that of the largest of all |t| together (Dunnett 1955, generalised to runs that are missing
-by the contrasts' own correlations). What is in no interval: the test images and the draws of the support, which are the
-same for every shape.
+by the contrasts' own correlations). A shape that no chain of common seeds ties to the control has no difference from it.
+What is in no interval: the test images and the draws of the support, which are the same for every shape, and in those of
+the means the luck b_j of the seeds that were run, which all shapes share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -47,7 +48,8 @@ class Standings:
     """``spread``: standard deviation between runs of log error, on ``degrees`` of freedom; ``critical``: the common t.
 
     ``mean``: geometric mean error by shape, as if every shape had run on every seed; ``interval``: 95% of its own, not
-    simultaneous. ``against``: every shape but the control.
+    simultaneous. ``against``: every shape but the control. A shape without a tie to the control has the mean of its own
+    seeds, no interval, and is in no ``against``.
     """
 
     level: float
@@ -60,15 +62,20 @@ class Standings:
 
 
 def standings(errors: Mapping[Name, Mapping[int, float]], control: Name, level: float = 0.95) -> Standings:
-    """Compare shapes by their errors by seed. Raises ValueError without the control, or an error that is not positive."""
+    """Compare shapes by their errors by seed. Raises ValueError without the control, or an error that has no logarithm."""
     names = list(errors)
     if control not in errors or not errors[control]:
         raise ValueError(f"{control} has no finished run, so there is nothing to compare with.")
     rows = [(name, seed, error) for name in names for seed, error in sorted(errors[name].items())]
     for name, seed, error in rows:
         if not 0 < error < math.inf:
-            raise ValueError(f"{name}, seed {seed}: error {error} has no logarithm to compare.")
-    names = [name for name in names if errors[name]]
+            raise ValueError(
+                f"{name}, seed {seed}: error {error} has no logarithm to compare; use fewer shots or a harder task."
+            )
+    tied = _tied(errors, control)
+    alone = [name for name in names if errors[name] and name not in tied]
+    names = [name for name in names if name in tied]
+    rows = [row for row in rows if row[0] in tied]
     seeds = sorted({seed for _, seed, _ in rows})
     design = np.zeros((len(rows), len(names) + len(seeds)))
     for row, (name, seed, _) in enumerate(rows):
@@ -94,7 +101,9 @@ def standings(errors: Mapping[Name, Mapping[int, float]], control: Name, level: 
     contrasts = np.array([weights(name, control) for name in rivals]).reshape(len(rivals), design.shape[1])
     scale = contrasts @ cov @ contrasts.T
     critical = critical_value(scale, degrees, level) if degrees > 0 and rivals else None
-    mean, interval, against = {}, {}, {}
+    mean: dict[Hashable, float] = {name: math.exp(_mean_log(errors[name].values())) for name in alone}
+    interval: dict[Hashable, tuple[float | None, float | None]] = {name: (None, None) for name in alone}
+    against: dict[Hashable, Against] = {}
     for name in names:
         one = weights(name)
         log_mean = float(one @ solution)
@@ -108,7 +117,21 @@ def standings(errors: Mapping[Name, Mapping[int, float]], control: Name, level: 
         half = critical * spread * math.sqrt(scale[place, place]) if critical and spread is not None else None
         ends = (None, None) if half is None else (math.exp(ratio - half), math.exp(ratio + half))
         against[name] = Against(math.exp(ratio), *ends)
-    return Standings(level, spread, degrees, critical, mean, interval, against)  # type: ignore[arg-type]
+    return Standings(level, spread, degrees, critical, mean, interval, against)
+
+
+def _tied(errors: Mapping[Name, Mapping[int, float]], control: Name) -> set[Name]:
+    """The shapes that share a seed with the control, or with a shape that does, and so on: the others' mu_i - mu_0 could
+    be anything."""
+    tied, seeds = {control}, set(errors[control])
+    while more := {name for name, runs in errors.items() if name not in tied and seeds & set(runs)}:
+        tied |= more
+        seeds |= {seed for name in more for seed in errors[name]}
+    return tied
+
+
+def _mean_log(errors: Iterable[float]) -> float:
+    return float(np.mean([math.log(error) for error in errors]))
 
 
 def critical_value(scale: NDArray[np.float64] | Sequence[Sequence[float]], degrees: int, level: float = 0.95) -> float:

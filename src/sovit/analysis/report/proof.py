@@ -26,7 +26,7 @@ from sovit.analysis.report.document import (
     section,
 )
 from sovit.analysis.report.page import COLUMNS, JSON, MARKDOWN, PAGE, markdown, page
-from sovit.analysis.report.words import counted, number, shape
+from sovit.analysis.report.words import counted, listed, number, shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -64,7 +64,7 @@ def text(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         rows.append((
             row["role"], shape(row["shape"]), f"{row['num_params']:,}", number(row["forward_gflops"]),
-            _error(row), _ratio(row), _verdict(row),
+            _error(row), _ratio(row), _verdict(row, row["shape"] == found["rows"][0]["shape"]),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -80,22 +80,25 @@ def sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
     won = [row for row in rivals if row["predicted_is_better"] is True]
     lost = [row for row in rivals if row["predicted_is_better"] is False]
     open_ = [row for row in rivals if row["ratio"] and row["predicted_is_better"] is None]
+    same = [row for row in rivals if not row["ratio"] and row["shape"] == found["rows"][0]["shape"]]
     if won:
         told.append(("good", "The predicted shape beats " + _listed(won) + "."))
     if open_:
         told.append(("", "The runs do not tell it from " + _listed(open_) + "."))
     if lost:
         told.append(("bad", "The predicted shape LOSES to " + _listed(lost) + "."))
+    if same:
+        told.append(("", f"The predicted shape is also that of {listed([_who(row) for row in same])}."))
     least = min((row for row in found["rows"] if row["error"]["estimate"]), key=lambda row: row["error"]["estimate"])
     told.append(("", f"Least mean error: {least['role']}, {shape(least['shape'])}, {_error(least)}."))
     best = next((row for row in rivals if row["role"] == NEIGHBOUR), None)
     if best is not None and best["ratio"] and best["ratio"]["lo"]:
         most = 1 / best["ratio"]["lo"] - 1
-        within = best["predicted_is_better"] is not False
+        how = f"at most {most:.1%} higher" if most > 0 else f"at least {-most:.1%} lower"
+        said = {True: "It is better than", None: "It is within the noise of", False: "It is worse than"}
         told.append((
-            "good" if within else "bad",
-            ("It is within the noise of" if within else "It is worse than")
-            + f" the best of its local grid, {shape(best['shape'])}: its error is at most {max(0.0, most):.1%} higher "
+            "bad" if best["predicted_is_better"] is False else "good",
+            f"{said[best['predicted_is_better']]} the best of its local grid, {shape(best['shape'])}: its error is {how} "
             f"({found['level']:.0%}, all rivals at once).",
         ))  # fmt: skip
     told += [("doubt", sentence) for sentence in _failures(found)]
@@ -103,7 +106,8 @@ def sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _failures(found: dict[str, Any]) -> list[str]:
-    """Where a rival did better than the law that predicted said it would, beyond the noise."""
+    """Where a rival that the prediction does not beat did otherwise than the law foretold, beyond the noise; and how far
+    the law's own forecast of the prediction is off."""
     told = []
     for row in found["rows"]:
         ratio, expected = row["ratio"], row["forecast_ratio"]
@@ -135,7 +139,8 @@ def _lead(found: dict[str, Any]) -> str:
 
 def _notes(found: dict[str, Any]) -> list[str]:
     seeds = max(row["num_seeds"] for row in found["rows"])
-    notes = ["One seed: no spread between runs is known, so nothing can be told apart."]
+    few = "One seed" if seeds == 1 else "Too few runs"
+    notes = [f"{few}: no spread between runs is known, so nothing can be told apart."]
     if found["spread"] is not None:
         notes = [
             f"Intervals are over {seeds} seeds, simultaneous for all rivals; spread between runs {found['spread']:.1%} on "
@@ -149,6 +154,8 @@ def _notes(found: dict[str, Any]) -> list[str]:
     notes.append("GFLOPs are forward, an image; at equal compute a cheaper shape sees more images.")
     notes += [f"{row['role']}: {row['why']}." for row in found["rows"] if row["role"] != PREDICTED]
     notes += [f"{row['role']} has {counted(row['num_seeds'], 'seed')} only." for row in _short(found)]
+    if all(row["role"] != NEIGHBOUR for row in found["rows"]):
+        notes.append("No neighbour has finished, so nothing is known of the local grid.")
     notes += [f"left out: {one['run_id']}: {one['reason']}" for one in found["lost"]]
     return notes
 
@@ -159,10 +166,12 @@ def _short(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _listed(rows: Sequence[dict[str, Any]]) -> str:
-    named = [
-        f"{_WHO.get(row['role'], row['role'])} ({shape(row['shape'])}, {_ratio(row)} times its error)" for row in rows
-    ]
-    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+    named = [f"{_who(row)} ({shape(row['shape'])}, {_ratio(row)} times its error)" for row in rows]
+    return listed(named)
+
+
+def _who(row: dict[str, Any]) -> str:
+    return _WHO.get(row["role"], row["role"])
 
 
 def _error(row: dict[str, Any]) -> str:
@@ -179,11 +188,12 @@ def _ratio(row: dict[str, Any]) -> str:
     return f"{ratio['estimate']:.2f}" + (f" [{ratio['lo']:.2f}, {ratio['hi']:.2f}]" if ratio["lo"] else "")
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def _verdict(row: dict[str, Any], same: bool) -> str:
+    """``same``: the row has the predicted shape."""
     if row["role"] == PREDICTED:
         return ""
     if not row["ratio"]:
-        return "no finished run" if not row["num_seeds"] else "the same shape"
+        return "no finished run" if not row["num_seeds"] else "the same shape" if same else "no seed in common"
     return {True: "worse", False: "BETTER", None: "not told apart"}[row["predicted_is_better"]]
 
 
@@ -201,7 +211,10 @@ def _document(found: dict[str, Any]) -> Document:
             Cell(f"{row['num_params']:,}", row["num_params"]),
             Cell(number(row["forward_gflops"]), row["forward_gflops"]),
             Cell(str(row["num_seeds"]), row["num_seeds"]), Cell(_error(row), row["error"]), Cell(_ratio(row), row["ratio"]),
-            Cell(_verdict(row), row["predicted_is_better"], tone[row["predicted_is_better"]]),
+            Cell(
+                _verdict(row, row["shape"] == found["rows"][0]["shape"]),
+                row["predicted_is_better"], tone[row["predicted_is_better"]],
+            ),
             Cell(number(row["forecast"]), row["forecast"]),
         )
         for row in found["rows"]
