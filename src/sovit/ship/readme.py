@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sovit.analysis.report.page import _escape_markdown as escape_markdown
+from sovit.analysis.report.page import escape_markdown
 from sovit.analysis.report.words import exponent, listed, number, visible
 from sovit.ship.card import UNKNOWN
 

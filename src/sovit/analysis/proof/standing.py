@@ -28,7 +28,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True)
 class Against:
-    """A shape's error over the control's, minus nothing: ``ratio`` with a simultaneous interval ``lo``, ``hi``; ``better``
+    """A shape's error over the control's: ``ratio`` with a simultaneous interval ``lo``, ``hi``; ``better``
     is True if the control has less error, False if more, None if the runs do not tell. An end is None where no spread can be
     estimated."""
 

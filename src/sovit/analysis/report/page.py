@@ -237,11 +237,11 @@ def _template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"md": _escape_markdown, "md_code": _code_markdown}
+    environment.filters |= {"md": escape_markdown, "md_code": _code_markdown}
     return environment.get_template(name)
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Plain text for Markdown: every character that could start markup, a table cell, HTML or a link is escaped."""
     escaped = re.sub(r"[\\`*\[\]<>|~$&!#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
     escaped = re.sub(r"(?i)\b(https?|ftp|mailto|javascript|data|vbscript|file):", r"\1\\:", escaped)
@@ -252,7 +252,7 @@ def _escape_markdown(text: str) -> str:
 
 def _code_markdown(text: str) -> str:
     """A code span; text that holds backticks or bars, which end spans and cells, is escaped plain text instead."""
-    return f"`{text}`" if text.strip() and not set(text) & set("`|\\") else _escape_markdown(text)
+    return f"`{text}`" if text.strip() and not set(text) & set("`|\\") else escape_markdown(text)
 
 
 def _left_out_lines(fit: dict[str, Any]) -> list[str]:
