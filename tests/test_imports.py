@@ -24,7 +24,15 @@ FLOORS = [
     ["sovit.schema", "sovit.config", "sovit.records", "sovit.claims"],
     ["sovit.analysis"],
     ["sovit.launch"],
-    ["sovit.data", "sovit.models", "sovit.fewshot", "sovit.optim", "sovit.adafactor", "sovit.objectives"],
+    [
+        "sovit.data",
+        "sovit.models",
+        "sovit.language",
+        "sovit.fewshot",
+        "sovit.optim",
+        "sovit.adafactor",
+        "sovit.objectives",
+    ],
     ["sovit.lit"],
     ["sovit.downstream", "sovit.bench", "sovit.ship"],
     ["sovit.launch.preload", "sovit.train", "sovit.cli"],
@@ -39,7 +47,7 @@ NO_TORCH = [
     "sovit.train",
 ]
 HEAVY_MODULES = ["sovit.launch.preload", "sovit.analysis.kernel"]  # imported by the fork server, by the first fit
-HEAVY = ("torch", "timm", "lightning", "wandb", "sklearn", "numba")
+HEAVY = ("torch", "timm", "lightning", "wandb", "sklearn", "numba", "tokenizers", "transformers", "open_clip")
 
 
 def modules() -> dict[str, Path]:

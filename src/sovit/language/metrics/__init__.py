@@ -1,0 +1,1 @@
+"""Scores of captions and answers against references, without torch."""
