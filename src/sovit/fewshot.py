@@ -57,7 +57,7 @@ class Ridge:
         slope = self.weights[:, :-1] / self.std[:, None]
         offset = _BIAS * self.weights[:, -1:] - self.mean @ slope[:, None]
         offset = offset.reshape(len(self.l2_reg), 1, -1)
-        return (features.to(slope.dtype) @ slope + offset).argmax(-1)
+        return (features.to(slope.dtype) @ slope).add_(offset).argmax(-1)  # in place: pages cost more than sums
 
 
 def fit_ridge(
@@ -126,8 +126,9 @@ def _leave_one_out(z: torch.Tensor, right: torch.Tensor, eigenvalues: torch.Tens
         for i in candidates:
             inverse = 1 / (eigenvalues + LOO_GRID[i])
             fitted, diagonal = z @ (right * inverse[:, None]), z_squared @ inverse
-            residual = fitted / diagonal[:, None] if y is None else (y - fitted) / (1 - diagonal)[:, None]
-            errors[i] = residual.square().sum().item()
+            if y is not None:
+                fitted, diagonal = torch.sub(y, fitted, out=fitted), 1 - diagonal
+            errors[i] = fitted.div_(diagonal[:, None]).square_().sum().item()
         best = min(errors, key=lambda i: (errors[i], -i))
         candidates = [i for i in (best - step, best + step) if 0 <= i < len(LOO_GRID)]
     return LOO_GRID[best]

@@ -25,7 +25,7 @@ from sovit.lit.data import data_fingerprint, fewshot_sets
 from sovit.lit.ranks import Ranks
 from sovit.models.vit import features
 
-EVAL_BATCH = 1024
+EVAL_BATCH = 512  # 1024 no longer fit a core's cache for wide MLPs
 EVAL_BYTES = 2**28  # of a batch of images that are made when they are asked for
 
 
