@@ -140,7 +140,11 @@ def test_seed_zero_is_a_seed() -> None:
 
 @pytest.mark.parametrize("experiment", config_groups()["experiment"])
 def test_every_experiment_composes_and_is_named_like_its_file(experiment: str) -> None:
-    assert compose([f"experiment={experiment}"]).name == experiment
+    needed = {
+        "lit_tiny": ["text.encoder=x"],
+        "lit_published": ["text.encoder=x", "text.vocabulary=x", "data.root=x", "eval.datasets=[x/]"],
+    }.get(experiment, [])
+    assert compose([f"experiment={experiment}", *needed]).name == experiment
 
 
 @pytest.mark.parametrize("group", [g for g in config_groups() if g != "experiment"])
@@ -151,6 +155,10 @@ def test_every_group_option_composes(group: str) -> None:
             if group == "data" and option != "fractals"
             else []
         )
+        if option in ("text_tiny", "scenes", "pairs", "coco"):  # they need each other
+            given = {"model": "text_tiny", "data": "scenes", group: option}
+            files = [f"{key}={value}" for key, value in given.items()] + ["text.encoder=x", "eval.datasets=[scenes]"]
+            files += {"pairs": ["data.root=x"], "coco": ["data.root=x", "data.captions=x"]}.get(option, [])
         needed = {
             "vit": ["model.image_size=224"],
             "vit22b": ["shape=22B/14"],

@@ -14,24 +14,33 @@ from pathlib import Path
 from typing import Any
 
 from sovit import duration
-from sovit.families import ARGUMENTS, EXAMPLES, FAMILIES, VIT
+from sovit.families import ARGUMENTS, EXAMPLES, FAMILIES, TEXT, VIT
 from sovit.flops import check_pos_embed, forward_gflops
+from sovit.metric import is_multitask
 from sovit.overrides import check_input, groups_of
 from sovit.schedule import segments
 from sovit.schema import (
     CHOICES,
     EVAL_DATASETS,
+    EVAL_TEXTS,
+    KEYS_OF_DECODER,
     KEYS_OF_FILES,
     KEYS_OF_LOSS,
+    KEYS_OF_PAIRS,
     LARGEST_EMBEDDED,
     NOT_NEGATIVE,
+    PAIRS,
     POSITIVE,
     RANGES,
+    RECALL_AT,
+    WAYS,
     DataConfig,
+    EvalConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    TextConfig,
 )
 from sovit.shape import NAMED, AnyShape, Shape, num_patches, parse_shape
 from sovit.strict import ConfigError, build, keys_of, nearest, shown
@@ -138,8 +147,10 @@ def check(cfg: RunConfig) -> None:
     check_family(cfg)
     if not re.fullmatch(r"[A-Za-z0-9_.+-]*", cfg.retry_of):
         raise ConfigError(f"retry_of={cfg.retry_of!a} is no run id; leave it empty.")
+    check_text(cfg)
     check_data(cfg)
     check_objective(cfg)
+    check_metric(cfg)
     if min(cfg.eval.shots) < 1:
         raise ConfigError(f"eval.shots={cfg.eval.shots} needs whole numbers of at least 1.")
     if isinstance(cfg.eval.l2_reg, str) and cfg.eval.l2_reg != "loo":
@@ -180,7 +191,7 @@ def check_family(cfg: RunConfig) -> None:
                 f"model.{key}={value} has no effect on model.family={family.name}; it is for {readers}, "
                 f"so write {'null' if getattr(default, key) is None else getattr(default, key)}."
             )
-    if family.name == VIT:
+    if family.name in (VIT, TEXT):
         return
     if cfg.parallel.kind == "fsdp":
         raise ConfigError(
@@ -194,20 +205,83 @@ def check_family(cfg: RunConfig) -> None:
         raise ConfigError("parallel.compile=true is for model.family=vit; write null or false.")
 
 
+def check_text(cfg: RunConfig) -> None:
+    """Raise ConfigError for keys of ``text`` or ``model`` without an effect, or a tower without its encoder."""
+    text, model, default = cfg.text, cfg.model, TextConfig()
+    if model.family != TEXT:
+        for key, value in vars(text).items():
+            if value != getattr(default, key):
+                raise ConfigError(
+                    f"text.{key}={value} has no effect on model.family={model.family}; write model=text_tiny."
+                )
+        if cfg.data.name in PAIRS:
+            raise ConfigError(
+                f"data={cfg.data.name} gives texts with its images, for model.family=text; choose other data."
+            )
+        return
+    for key in ("patch_size", "pool", "pos_embed", "head_bias", "drop_path_rate"):
+        usual = getattr(ModelConfig(), key)
+        if getattr(model, key) != usual:
+            raise ConfigError(
+                f"model.{key}={getattr(model, key)} has no effect on model.family=text; "
+                f"write {'null' if usual is None else usual}."
+            )
+    if cfg.data.name not in PAIRS:
+        raise ConfigError(
+            f"data={cfg.data.name} has no texts; with model.family=text write data=scenes, pairs or coco."
+        )
+    if not (text.encoder or "").strip():
+        raise ConfigError(
+            "text.encoder has no value; model.family=text needs a run's folder that keeps its last resume point "
+            "(trainer.keep_checkpoint=true), or a .safetensors that sovit export wrote."
+        )
+    if cfg.optim.loss not in ("softmax", "sigmoid"):
+        raise ConfigError(
+            f"optim.loss={cfg.optim.loss} is for images; with model.family=text write softmax or sigmoid."
+        )
+    if cfg.optim.loss == "softmax" and text.init_bias != default.init_bias:
+        raise ConfigError(
+            f"text.init_bias={text.init_bias} has no effect on optim.loss=softmax; write {default.init_bias}."
+        )
+    if cfg.eval.multitask:
+        raise ConfigError("metric=multitask judges the tokens of images; with model.family=text write metric=fewshot.")
+    if text.locked and text.tower is None:
+        raise ConfigError("text.locked=true would keep a tower as it was drawn; give text.tower, or write false.")
+    if text.length < 2:
+        raise ConfigError(f"text.length={text.length} leaves no token beside the end of a text; write at least 2.")
+
+
 def check_data(cfg: RunConfig) -> None:
     """Raise ConfigError for images that cannot be, as far as the configuration alone tells. Reads no file."""
     data, size = cfg.data, cfg.model.image_size
-    embedded = data.name == "fractals"
+    embedded = data.name in ("fractals", "scenes")
     default = DataConfig()
     for key in KEYS_OF_FILES:
-        if embedded and getattr(data, key) != getattr(default, key):
+        if data.name == "fractals" and getattr(data, key) != getattr(default, key):
             raise ConfigError(
                 f"data.{key}={getattr(data, key)} has no effect on data=fractals; write data=imagefolder, data=webdataset "
                 "or data=hf."
             )
+        if data.name in PAIRS and key not in _OF_PAIRS[data.name] and getattr(data, key) != getattr(default, key):
+            raise ConfigError(
+                f"data.{key}={getattr(data, key)} has no effect on data={data.name}, whose images come as an evaluation "
+                f"sees them; write {_plain(getattr(default, key))}."
+            )
+    for key, readers in KEYS_OF_PAIRS.items():
+        if data.name not in readers and getattr(data, key) is not None:
+            raise ConfigError(
+                f"data.{key}={getattr(data, key)} has no effect on data={data.name}; it is for {' and '.join(readers)}, so "
+                "write null."
+            )
+    if data.name == "scenes" and data.num_examples is None:
+        raise ConfigError("data.num_examples has no value; data=scenes needs to know how many scenes to draw.")
+    if data.num_examples is not None and data.num_examples < 1:
+        raise ConfigError(f"data.num_examples={data.num_examples} must be at least 1.")
+    if data.name == "coco" and not (data.captions or "").strip():
+        raise ConfigError("data.captions has no value; data=coco needs the JSON file of its captions.")
     if not embedded and not (data.root or "").strip():
         raise ConfigError(f"data.root has no value; data={data.name} needs the folder of its images.")
-    if not embedded and data.num_classes < 2:
+    if not embedded and data.name not in PAIRS and data.num_classes < 2:
         raise ConfigError(f"data.num_classes={data.num_classes} leaves nothing to tell apart; a classifier needs two.")
     if not embedded and cfg.model.channels not in (1, 3):
         raise ConfigError(f"model.channels={cfg.model.channels} is not for images in files; write 3, or 1 for grey.")
@@ -215,16 +289,17 @@ def check_data(cfg: RunConfig) -> None:
         raise ConfigError(f"data.min_area={data.min_area} is a share of the image; write at most 1.")
     if data.mixup and cfg.trainer.global_batch_size % 2:
         raise ConfigError(f"data.mixup mixes pairs; trainer.global_batch_size={cfg.trainer.global_batch_size} is odd.")
-    if size > LARGEST_EMBEDDED and (embedded or "fractals" in cfg.eval.datasets):
+    if size > LARGEST_EMBEDDED and (embedded or {"fractals", "scenes"} & set(cfg.eval.datasets)):
         raise ConfigError(
-            f"model.image_size={size} is above {LARGEST_EMBEDDED}, the largest size of the embedded fractals; write a "
+            f"model.image_size={size} is above {LARGEST_EMBEDDED}, the largest size of the embedded images; write a "
             "smaller one, or use images of your own for data and eval.datasets."
         )
     names: dict[str, str] = {}
+    known = EVAL_TEXTS if cfg.model.family == TEXT else EVAL_DATASETS
     for dataset in cfg.eval.datasets:
-        if dataset not in EVAL_DATASETS and "/" not in dataset:
+        if dataset not in known and "/" not in dataset:
             raise ConfigError(
-                f"eval.datasets: {dataset!a} is not known{nearest(dataset, EVAL_DATASETS).rstrip('.?')}? "
+                f"eval.datasets: {dataset!a} is not known{nearest(dataset, known).rstrip('.?')}? "
                 "Or write the path of a folder, with a slash."
             )
         name = fewshot_name(dataset)
@@ -238,6 +313,17 @@ def check_data(cfg: RunConfig) -> None:
                 f"eval.datasets: {names[name]} and {dataset} would both be called {name}; rename a folder."
             )
         names[name] = dataset
+
+
+_OF_PAIRS = {  # keys of files that the kinds of pairs read
+    "scenes": (),
+    "pairs": ("root", "split", "image_key", "shuffle_shards"),
+    "coco": ("root",),
+}
+
+
+def _plain(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value))
 
 
 def check_objective(cfg: RunConfig) -> None:
@@ -276,6 +362,27 @@ def check_objective(cfg: RunConfig) -> None:
         )
 
 
+def check_metric(cfg: RunConfig) -> None:
+    """Raise ConfigError for an image-to-text metric that cannot be, and for its keys where it is not asked for."""
+    default = EvalConfig()
+    for key in KEYS_OF_DECODER if not cfg.eval.multitask else ():
+        value = getattr(cfg.eval, key)
+        if value != getattr(default, key):
+            raise ConfigError(f"eval.{key}={value} has no effect without a decoder; write metric=multitask.")
+    if not cfg.eval.multitask:
+        return
+    if cfg.model.image_size > LARGEST_EMBEDDED:
+        raise ConfigError(
+            f"model.image_size={cfg.model.image_size} is above {LARGEST_EMBEDDED}, the largest size of the embedded scenes "
+            "that metric=multitask shows; write a smaller one, or metric=fewshot."
+        )
+    for dataset in cfg.eval.datasets:
+        if is_multitask(fewshot_name(dataset)):
+            raise ConfigError(
+                f"eval.datasets: {dataset!a} would be called as the results of metric=multitask are; rename the folder."
+            )
+
+
 def num_hidden(cfg: RunConfig) -> int:
     """How many patches of an image optim.loss=masked hides: the nearest whole number, a half rounded up."""
     return int(cfg.optim.mask_ratio * num_patches(cfg.model.image_size, shape_of(cfg).patch_size) + 0.5)
@@ -291,6 +398,23 @@ def num_outputs(cfg: RunConfig) -> int:
 def fewshot_name(dataset: str) -> str:
     """What the results on an entry of eval.datasets are called: the last part of its path."""
     return dataset.rstrip("/").rpartition("/")[2]
+
+
+def text_results(cfg: RunConfig) -> list[str]:
+    """What the results of a text tower's evaluation are called: a name for zero-shot classes, one for each recall."""
+    found = []
+    for dataset in cfg.eval.datasets:
+        name = fewshot_name(dataset)
+        stem = name.removesuffix(".json")
+        found += [name] if stem == name else []
+        if dataset in EVAL_TEXTS or stem != name:
+            found += [recall_name(stem, way, k) for way in WAYS for k in RECALL_AT]
+    return found
+
+
+def recall_name(dataset: str, way: str, k: int) -> str:
+    """What the recall at k of one way of retrieval is called."""
+    return f"{dataset}_{way}_at{k}"
 
 
 def check_parallel(parallel: ParallelConfig, global_batch_size: int, precision: str) -> None:
@@ -345,7 +469,11 @@ def shape_of(cfg: RunConfig) -> AnyShape:
     if model.family != VIT:
         family = FAMILIES[model.family]
         keys = {key for key in (*family.dimensions, *family.arguments, "patch_size") if key != "head_dim"}
-        return family.make(cfg.shape, head_dim=model.head_dim, **{key: getattr(model, key) for key in keys})
+        said = {key: getattr(model, key) for key in keys}
+        if model.family == TEXT:
+            del said["patch_size"]
+            said["length"] = cfg.text.length
+        return family.make(cfg.shape, head_dim=model.head_dim, **said)
     text = str(cfg.shape).strip()
     name, slash, _ = text.partition("/")
     patch = None if slash else model.patch_size
@@ -380,7 +508,7 @@ def model_geometry(cfg: RunConfig) -> dict[str, Any]:
     return {
         "image_size": cfg.model.image_size,
         "channels": cfg.model.channels,
-        "pool": cfg.model.pool,
+        "pool": cfg.text.pool if cfg.model.family == TEXT else cfg.model.pool,
         "num_classes": cfg.data.num_classes,
     }
 
@@ -417,7 +545,10 @@ def eval_steps(cfg: RunConfig) -> dict[int, str]:
     gflops = forward_gflops(shape_of(cfg), **model_geometry(cfg))
     steps = {
         duration.to_steps(
-            duration.parse_duration(label), forward_gflops=gflops, global_batch_size=cfg.trainer.global_batch_size
+            duration.parse_duration(label),
+            forward_gflops=gflops,
+            global_batch_size=cfg.trainer.global_batch_size,
+            examples_per_epoch=cfg.data.num_examples,
         ): label
         for label in labels
     }

@@ -1,7 +1,8 @@
-"""Training durations in any unit: ``500K steps``, ``64M images``, ``32 gflops``, ``2e11 flops``.
+"""Training durations in any unit: ``500K steps``, ``64M images``, ``32 gflops``, ``2e11 flops``, ``10 epochs``.
 
 gflops and flops are compute t = forward FLOPs per image x images seen (SoViT, arXiv 2305.13035; 2 FLOP per
 multiply-add), so a duration in compute means more images for a smaller shape. Training costs about three times t.
+Examples are images, or pairs of an image and a text; epochs are passes over data of a known number of them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 _SUFFIXES = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
-_UNITS = ("steps", "images", "gflops", "flops")
+_UNITS = ("steps", "images", "examples", "epochs", "gflops", "flops")
 _EXAMPLES = 'write for example "500K steps", "64M images", "32 gflops" or "2e11 flops" (suffixes K, M, B, T)'
-_PATTERN = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*([kmbt]?)\s*(step|image|gflop|flop)s?", re.IGNORECASE)
+_PATTERN = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*([kmbt]?)\s*(step|image|example|epoch|gflop|flop)s?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A positive number of steps (updates), images, gflops or flops. Its text form parses back to the same value."""
+    """A positive number of one of the units. Its text form parses back to the same value."""
 
     value: float
     unit: str
@@ -41,7 +42,7 @@ class Duration:
 
 
 def parse_duration(text: str) -> Duration:
-    """Read a number, an optional suffix K, M, B or T, and a unit: steps, images, gflops or flops, in any letter case.
+    """Read a number, an optional suffix K, M, B or T, and a unit, in any letter case.
 
     Raises ValueError for any other text and for a duration of zero.
     """
@@ -54,11 +55,13 @@ def parse_duration(text: str) -> Duration:
     return Duration(float(value), unit.lower() + "s")
 
 
-def to_steps(duration: Duration, *, forward_gflops: float, global_batch_size: int) -> int:
+def to_steps(
+    duration: Duration, *, forward_gflops: float, global_batch_size: int, examples_per_epoch: int | None = None
+) -> int:
     """The number of updates nearest to ``duration``, at least 1.
 
     ``forward_gflops``: of one image; ``global_batch_size``: images an update, over all devices. Raises ValueError if
-    either is not positive.
+    either is not positive, or for epochs of data whose ``examples_per_epoch`` are not known.
     """
     if not 0 < forward_gflops < math.inf:
         raise ValueError(f"forward_gflops={forward_gflops} is not positive and finite.")
@@ -66,8 +69,15 @@ def to_steps(duration: Duration, *, forward_gflops: float, global_batch_size: in
         raise ValueError(f"global_batch_size={global_batch_size} is not at least 1.")
     if duration.unit == "steps":
         steps = duration.value
-    elif duration.unit == "images":
+    elif duration.unit in ("images", "examples"):
         steps = duration.value / global_batch_size
+    elif duration.unit == "epochs":
+        if examples_per_epoch is None:
+            raise ValueError(
+                f"A duration of {duration} needs data.num_examples, how many pairs an epoch has; give it, or write steps or "
+                "examples."
+            )
+        steps = duration.value * examples_per_epoch / global_batch_size
     else:
         gflops = duration.value / 1e9 if duration.unit == "flops" else duration.value
         steps = gflops / forward_gflops / global_batch_size
@@ -77,7 +87,7 @@ def to_steps(duration: Duration, *, forward_gflops: float, global_batch_size: in
 def geometric(first: str, last: str, num: int) -> list[str]:
     """``num`` durations in geometric progression from ``first`` to ``last``, both kept exactly, as texts.
 
-    Those between are rounded to 4 significant digits, steps and images also to whole numbers.
+    Those between are rounded to 4 significant digits, steps, images and examples also to whole numbers.
     ``geometric("50B flops", "200B flops", 3)`` is ``["50B flops", "100B flops", "200B flops"]``. Raises ValueError for
     ``num`` below 2, different units, a ``last`` not above ``first``, or a progression so tight that texts repeat.
     """
@@ -92,7 +102,7 @@ def geometric(first: str, last: str, num: int) -> list[str]:
         raise ValueError(f"{first!r} is not less than {last!r}; give the shorter duration first.")
     ratio = high.value / low.value
     between = [float(f"{low.value * ratio ** (i / (num - 1)):.4g}") for i in range(1, num - 1)]
-    if low.unit in ("steps", "images"):
+    if low.unit in ("steps", "images", "examples"):
         between = [float(round(value)) for value in between]
     values = [low.value, *between, high.value]
     if any(b <= a for a, b in itertools.pairwise(values)):

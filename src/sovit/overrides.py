@@ -16,6 +16,7 @@ from typing import Any
 from sovit.strict import ConfigError, keys_of, nearest, read_yaml, shown
 
 EXPERIMENT = "experiment"
+OF_ANOTHER = {"metric": "eval"}  # groups that set some keys of another node than the one they are named after
 NOT_OF_A_RUN = ("launcher", "task")  # folders of conf/ that say how cells are started or judged, not what they are
 _OVERRIDE = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*)(?P<equals>=?)(?P<value>.*)", re.DOTALL)
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_./@-]*")
@@ -135,17 +136,21 @@ def _check_files(chosen: Mapping[str, str], groups: Mapping[str, Sequence[str]],
         if group in hints:
             path = conf_dir / group / f"{option}.yaml"
             _check_keys(_read(path, package=group), hints[group], path, whole=True)
+        elif group in OF_ANOTHER:
+            path, node = conf_dir / group / f"{option}.yaml", OF_ANOTHER[group]
+            _check_keys(_read(path, package=node, said_so=True), hints[node], path)
 
 
-def _read(path: Path, package: str | None = None) -> dict[Any, Any]:
-    """The mapping in a file of conf/, which must be for the given package."""
+def _read(path: Path, package: str | None = None, said_so: bool = False) -> dict[Any, Any]:
+    """The mapping in a file of conf/, which must be for the given package; ``said_so``: and say it, not by its folder."""
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds no keys; write KEY: VALUE lines.")
     said = _PACKAGE.findall(path.read_text(encoding="utf-8"))
-    if package == "_global_" and said != [package]:
-        raise ConfigError(f"{path} must say '# @package _global_' in its first line; otherwise its keys go nowhere.")
-    if package != "_global_" and said and said != [package]:
+    said_so = said_so or package == "_global_"
+    if said_so and said != [package]:
+        raise ConfigError(f"{path} must say '# @package {package}' in its first line; otherwise its keys go nowhere.")
+    if not said_so and said and said != [package]:
         raise ConfigError(
             f"{path} says '# @package {said[0]}'; leave that line out, its folder says where its keys go."
         )

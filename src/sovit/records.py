@@ -21,7 +21,7 @@ from typing import Any
 from sovit import __version__
 from sovit.config import REPOSITORY, RunConfig, shape_of
 from sovit.families import FAMILIES, family_of
-from sovit.schema import KEYS_OF_FILES, KEYS_OF_LOSS
+from sovit.schema import KEYS_OF_DECODER, KEYS_OF_FILES, KEYS_OF_LOSS, KEYS_OF_PAIRS, TextConfig
 from sovit.shape import AnyShape
 
 SCHEMA = 1
@@ -49,9 +49,11 @@ _NOT_IDENTITY = {
 # Keys that did not exist when the first runs were recorded: at their default they stay out of the hash, so that those
 # runs are still the ones that their configuration asks for.
 _YOUNGER = {
-    "data": KEYS_OF_FILES,
+    "data": (*KEYS_OF_FILES, *KEYS_OF_PAIRS),
     "model": ("block", "qk_norm", "qkv_bias", "norm", "family", "token_dim", "stages", "window"),
     "optim": tuple(KEYS_OF_LOSS),
+    "eval": ("multitask", *KEYS_OF_DECODER),
+    "text": tuple(vars(TextConfig())),
 }
 
 
@@ -89,6 +91,8 @@ def config_hash(cfg: RunConfig) -> str:
     for key, leaf, value in _younger():
         if tree[key][leaf] == value:
             del tree[key][leaf]
+    if not tree["text"]:  # a group that did not exist either
+        del tree["text"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

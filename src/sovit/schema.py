@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 class ModelConfig:
     """The model apart from its shape, and single dimensions to replace in the shape. What a family does not have is null."""
 
-    family: str = "vit"  # vit | mixer | swin (see sovit.families)
+    family: str = "vit"  # vit | mixer | swin | text (see sovit.families)
     width: int | None = None  # replaces the width of `shape`; so do depth and mlp_dim
     depth: int | None = None
     mlp_dim: int | None = None
@@ -41,7 +41,7 @@ class ModelConfig:
 class DataConfig:
     """The training images. Image i of a stream is a pure function of (seed, i), embedded or read from files."""
 
-    name: str = "fractals"  # fractals | imagefolder | webdataset | hf
+    name: str = "fractals"  # fractals | imagefolder | webdataset | hf; images with texts: scenes | pairs | coco
     seed: int = 0  # fractals: which categories exist; the run's seed picks the stream of images
     num_classes: int = 256
     num_heldout: int = 64
@@ -59,6 +59,25 @@ class DataConfig:
     randaugment_ops: int = 0  # operations an image; 0: no RandAugment
     randaugment_magnitude: int = 10  # of 30
     mixup: float = 0.0  # both parameters of the Beta distribution; 0: no mixup
+    # Of images with texts only (model.family=text):
+    captions: str | None = None  # coco: the JSON file; the images lie in root
+    text_key: str | None = None  # pairs: the entry of a shard, txt or json.ENTRY; null: txt
+    num_examples: int | None = None  # scenes: how many are drawn; files: what an epoch is, if durations are in epochs
+
+
+@dataclass
+class TextConfig:
+    """A text tower and the locked image tower it is trained against (model.family=text; LiT, arXiv 2111.07991)."""
+
+    encoder: str | None = None  # a run's folder that keeps a resume point, or an exported .safetensors
+    tower: str | None = None  # a folder or file of open_clip or transformers to begin with; null: from scratch
+    locked: bool = False  # with tower: train only what brings its features to the encoder's width, scale and bias
+    vocabulary: str | None = None  # a tokenizer.json; null: the shipped one
+    length: int = 16  # tokens of a text, its end included
+    pool: str = "last"  # last | avg | map: what of the tokens is the feature of a text
+    init_temperature: float = 10.0  # what similarities are multiplied by to begin with; it is trained
+    init_bias: float = -10.0  # optim.loss=sigmoid: what is added to them
+    templates: str | None = None  # of zero-shot classes: a text file, a prompt with {} a line; null: the shipped ones
 
 
 @dataclass
@@ -66,7 +85,7 @@ class OptimConfig:
     """Optimiser and the learning-rate rule across shapes (see sovit.optim)."""
 
     name: str = "adamw"  # adamw | adafactor
-    loss: str = "softmax"  # softmax | sigmoid, of the labels; masked | distilled (see sovit.objectives)
+    loss: str = "softmax"  # softmax | sigmoid, of the labels or pairs; masked | distilled (see sovit.objectives)
     mask_ratio: float = 0.5  # loss=masked: share of the patches that are hidden
     teacher: str | None = None  # loss=distilled: a run's folder that keeps a resume point, or an exported .safetensors
     temperature: float = 1.0  # loss=distilled: of the teacher's softmax and the student's
@@ -117,6 +136,16 @@ class EvalConfig:
     l2_reg: float | str = 1024.0  # a ridge value, or "loo": leave-one-out on the support set
     weights: str = "ema"  # ema | cooled | trunk
     ema_horizon: float = 0.1  # averaging window as a share of the steps so far
+    # The group `metric`: image to text beside few-shot (see sovit.lit.multitask).
+    multitask: bool = False  # every evaluation also trains a small decoder on frozen tokens: its log-perplexity
+    train_scenes: int = 2048  # embedded images with texts that a decoder is trained on; the same for every cell
+    test_scenes: int = 512
+    decoder_draws: int = 2  # decoders, a seed each
+    decoder_width: int = 64
+    decoder_depth: int = 2
+    decoder_steps: int = 200
+    decoder_batch_size: int = 128
+    decoder_lr: float = 3e-3
 
 
 @dataclass
@@ -165,6 +194,7 @@ class RunConfig:
     center: str | None = None  # the shape a star varies around; tells its arms apart in W&B, changes no number
     retry_of: str = ""  # run id of the diverged run that this one repeats at a lower learning rate
     model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -176,13 +206,14 @@ class RunConfig:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.family": ("vit", "mixer", "swin"),
+    "model.family": ("vit", "mixer", "swin", "text"),
     "model.pool": ("map", "avg", "token"),
     "model.pos_embed": ("learned", "sincos2d"),
     "model.block": ("serial", "parallel"),
     "model.norm": ("layernorm", "layernorm_nobias", "rmsnorm"),
     "model.init": ("big_vision", "fan_in"),
-    "data.name": ("fractals", "imagefolder", "webdataset", "hf"),
+    "text.pool": ("last", "avg", "map"),
+    "data.name": ("fractals", "imagefolder", "webdataset", "hf", "scenes", "pairs", "coco"),
     "optim.name": ("adamw", "adafactor"),
     "optim.loss": ("softmax", "sigmoid", "masked", "distilled"),
     "optim.lr_rule": ("constant", "by_shape"),
@@ -202,6 +233,8 @@ POSITIVE = (
     "data.num_heldout",
     "data.shuffle_shards",
     "data.min_area",
+    "text.length",
+    "text.init_temperature",
     "optim.lr",
     "optim.temperature",
     "optim.base_width",
@@ -210,6 +243,14 @@ POSITIVE = (
     "schedule.timescale",
     "eval.num_draws",
     "eval.ema_horizon",
+    "eval.train_scenes",
+    "eval.test_scenes",
+    "eval.decoder_draws",
+    "eval.decoder_width",
+    "eval.decoder_depth",
+    "eval.decoder_steps",
+    "eval.decoder_batch_size",
+    "eval.decoder_lr",
     "trainer.num_threads",
     "trainer.global_batch_size",
     "trainer.log_every_n_steps",
@@ -237,6 +278,15 @@ RANGES: dict[str, tuple[float, float]] = {  # from, up to but without
     "optim.beta2": (0, 1),
 }
 EVAL_DATASETS = ("fractals", "digits")  # the embedded ones; anything with a slash is a folder
+PAIRS = ("scenes", "pairs", "coco")  # data that give texts with the images
+RECALL_AT = (1, 5, 10)  # of retrieval, in both of WAYS
+WAYS = ("image_to_text", "text_to_image")
+EVAL_TEXTS = ("scenes",)  # what a text tower is evaluated on beside folders and .json files of captions
+KEYS_OF_PAIRS = {  # of data: which kinds of pairs read them
+    "captions": ("coco",),
+    "text_key": ("pairs",),
+    "num_examples": PAIRS,
+}
 LARGEST_EMBEDDED = 256  # pixels a side of the embedded images
 KEYS_OF_FILES = (  # of data; they mean nothing to the embedded images
     "root",
@@ -256,3 +306,13 @@ KEYS_OF_LOSS = {
     "teacher": "distilled",
     "temperature": "distilled",
 }  # of optim: which loss reads it
+KEYS_OF_DECODER = (  # of eval; read with eval.multitask only
+    "train_scenes",
+    "test_scenes",
+    "decoder_draws",
+    "decoder_width",
+    "decoder_depth",
+    "decoder_steps",
+    "decoder_batch_size",
+    "decoder_lr",
+)

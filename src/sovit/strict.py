@@ -88,7 +88,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
         close = [candidate for candidate in candidates if leaf and leaves[candidate] == leaf[0]][:1]
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
-    return f"; choose from {', '.join(candidates)}." if 0 < len(candidates) <= 13 else "; --help lists them."
+    return f"; choose from {', '.join(candidates)}." if 0 < len(candidates) <= 20 else "; --help lists them."
 
 
 def shown(text: str) -> str:

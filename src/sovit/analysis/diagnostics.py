@@ -18,11 +18,12 @@ from scipy.stats import t as t_distribution
 from sovit.analysis.fit import MIN_POINTS, Array, LawFit, Noise, fit_law
 from sovit.analysis.intervals import Jackknife, RunFit, index_runs
 from sovit.analysis.points import Point
+from sovit.analysis.scale import ERROR, Scale
 from sovit.analysis.specification import run_test
 
 ALIGNED = 1.1  # points of one duration whose compute agrees to 10% form a slice as they are
 MIN_SLICE_SIZES = 3
-_MAX_ERROR, _RISE = 0.9, 1.1
+_RISE = 1.1
 _MAX_DROPPED = 3
 Size = Callable[[Point], Hashable]
 
@@ -164,20 +165,21 @@ def _slope(slices: Sequence[Slice]) -> float | None:
     return float(np.polyfit(log_t - log_t.mean(), log_x, 1)[0])
 
 
-def unusable(points: Sequence[Point]) -> dict[tuple[str, str], str]:
-    """(run id, duration) -> why the point cannot enter a fit: no logarithm, above 0.9, or risen since earlier."""
+def unusable(points: Sequence[Point], scale: Scale = ERROR) -> dict[tuple[str, str], str]:
+    """(run id, duration) -> why the point cannot enter a fit: no logarithm, too large, or risen since earlier."""
     reasons: dict[tuple[str, str], str] = {}
     least: dict[str, float] = {}
     for point in sorted(points, key=lambda point: point.t_gflops):
         key = (point.run_id, point.duration)
         before = least.get(point.run_id, math.inf)
         if point.error <= 0:
-            reasons[key] = "error 0 has no logarithm"
+            reasons[key] = f"{scale.name} 0 has no logarithm"
             continue
-        if point.error > _MAX_ERROR:
-            reasons[key] = f"error {point.error:.3g} is above {_MAX_ERROR}: diverged, or not learning yet"
+        if point.error > scale.usable:
+            why = "diverged, or not learning yet" if scale.name == ERROR.name else "no better than without an image"
+            reasons[key] = f"{scale.name} {point.error:.3g} is above {scale.usable:g}: {why}"
         elif point.error > _RISE * before:
-            reasons[key] = f"diverged: the error rose from {before:.3g} to {point.error:.3g}"
+            reasons[key] = f"diverged: the {scale.name} rose from {before:.3g} to {point.error:.3g}"
         least[point.run_id] = min(before, point.error)
     return reasons
 

@@ -30,6 +30,7 @@ from sovit.analysis.points import (
     metrics,
     plain,
 )
+from sovit.analysis.scale import ERROR, Scale
 
 SCHEMA = 1
 MAX_RUNNERS = 5
@@ -186,13 +187,14 @@ def fit_grid(
     shots: int = 0,
     exclusions: Sequence[Exclusion] = (),
     by_shots: Mapping[int, Sequence[Point]] | None = None,
+    scale: Scale = ERROR,
 ) -> GridFit:
     """The frontier, the best shape at each compute, and the origin.
 
     ``by_shots``: the same runs at every number of shots (`load_shots`), to see whether they agree. Raises ValueError if
     no compute is shared by three shapes.
     """
-    reasons = unusable(points)
+    reasons = unusable(points, scale)
     used = [point for point in points if (point.run_id, point.duration) not in reasons]
     slices = isocompute(used, dimensions)
     if not slices:

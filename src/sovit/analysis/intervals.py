@@ -21,6 +21,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
 from sovit.analysis.fit import BOX, MAX_EXPONENT, NUM_PARAMETERS, Array, LawFit, Noise, Prior, fit_law
+from sovit.analysis.law import Law
 from sovit.analysis.varpro import restricted
 
 MIN_RUNS, MIN_SIZES = 5, 4
@@ -250,13 +251,15 @@ def profile_interval(x: Array, t: Array, error: Array, whole: RunFit, level: flo
 class Jackknife:
     """Delete-one-run jackknife of log s with t(G - 1).
 
-    ``half``: half-width of the interval of log s; ``without``: s without each run, in order of run index.
+    ``half``: half-width of the interval of log s; ``without``: s without each run, in order of run index, and ``laws``
+    the laws behind.
     """
 
     lo: float
     hi: float
     half: float
     without: tuple[float, ...]
+    laws: tuple[Law, ...]
 
 
 def jackknife_runs(
@@ -269,7 +272,7 @@ def jackknife_runs(
     x, t, error = (np.asarray(values, float) for values in (x, t, error))
     index = index_runs(run)
     num_runs = int(index.max()) + 1
-    without = []
+    laws = []
     for left_out in range(num_runs):
         keep = index != left_out
         if keep.sum() <= NUM_PARAMETERS or len(np.unique(x[keep])) < MIN_SIZES - 1 or len(np.unique(t[keep])) < 2:
@@ -277,9 +280,10 @@ def jackknife_runs(
         noise = Noise(index_runs(index[keep]), whole.noise.ratio, whole.noise.scale[keep])
         warm = fit_law(x[keep], t[keep], error[keep], noise=noise, starts=[whole.fit.exponents])
         cold = fit_law(x[keep], t[keep], error[keep], noise=noise)
-        without.append(min(warm, cold, key=lambda fit: fit.objective).law.exponent)
+        laws.append(min(warm, cold, key=lambda fit: fit.objective).law)
+    without = tuple(law.exponent for law in laws)
     logs = np.log(without)
     spread = math.sqrt((num_runs - 1) / num_runs * float(np.sum((logs - logs.mean()) ** 2)))
     half = float(t_distribution.ppf((1 + level) / 2, num_runs - 1)) * spread
     s = whole.fit.law.exponent
-    return Jackknife(s * math.exp(-half), s * math.exp(half) if half < 700 else math.inf, half, tuple(without))
+    return Jackknife(s * math.exp(-half), s * math.exp(half) if half < 700 else math.inf, half, without, tuple(laws))

@@ -22,6 +22,7 @@ import numpy as np
 
 from sovit import records
 from sovit.families import EXAMPLES, FAMILIES, VIT, Family
+from sovit.metric import ERROR, LOG_PERPLEXITY, kind_of, place
 
 EXCLUSIONS = "exclusions.csv"
 IMPORTS = "import.json"  # what `sovit import` noted: its sources, and the rows it left out
@@ -108,8 +109,9 @@ def parse_dimensions(option: str, text: str, like: AnyDimensions | None = None) 
 class Point:
     """``t_gflops``: forward GFLOPs per image times images seen. ``duration``: its nominal name, equal along a slice.
 
-    ``error`` in [0, 1] is the mean over ``num_draws`` support draws. ``stderr`` adds the spread of the draws to the
-    binomial error of the test set, an upper bound: all runs share the same draws and the same test images.
+    ``error`` in [0, 1] is the mean over ``num_draws`` support draws, or the log-perplexity in nats per token over as many
+    decoders. ``stderr`` adds the spread of the draws to that of the test set, as the rows give it (binomial, of an error):
+    an upper bound, as all runs share the same draws and the same test images.
     """
 
     family: ClassVar[str] = VIT
@@ -140,7 +142,14 @@ class SwinPoint(Point):
     family: ClassVar[str] = "swin"
 
 
-POINTS: dict[str, type[Point]] = {cls.family: cls for cls in (Point, MixerPoint, SwinPoint)}
+@dataclass(frozen=True)
+class TextPoint(Point):
+    """A point of a text tower (`sovit.families.text`); ``t_gflops`` are its own, per text."""
+
+    family: ClassVar[str] = "text"
+
+
+POINTS: dict[str, type[Point]] = {cls.family: cls for cls in (Point, MixerPoint, SwinPoint, TextPoint)}
 
 
 def only_vits(points: Sequence[Point], what: str) -> None:
@@ -193,7 +202,7 @@ def load_points(
             rows = [row for row in rows if row["dataset"] == dataset and row["shots"] == shots]
             weights |= {row["weights"]: run_dir.name for row in rows}
             points += _average(rows, run_dir)
-            reason = None if rows else f"no evaluation of {dataset} at {shots} shots"
+            reason = None if rows else f"no evaluation of {place(dataset, shots)}"
         if reason is not None:
             exclusions.append(Exclusion(run_dir.name, reason))
     exclusions += _not_imported(sweep_dir / IMPORTS)
@@ -202,8 +211,8 @@ def load_points(
         raise ValueError(f"{sweep_dir} mixes evaluated weights: {found}; exclude the runs of one kind in {EXCLUSIONS}.")
     _check_recipes(sweep_dir, recipes)
     if available and not points:
-        known = ", ".join(f"{name} at {count}" for name, count in sorted(available))
-        raise ValueError(f"{sweep_dir} holds no evaluation of {dataset} at {shots} shots; it has {known}.")
+        known = ", ".join(place(*one).removesuffix(" shots") for one in sorted(available))
+        raise ValueError(f"{sweep_dir} holds no evaluation of {place(dataset, shots)}; it has {known}.")
     return points, exclusions
 
 
@@ -363,10 +372,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where} is no JSON object; delete the run's directory and run the cell again.")
         if row.get("schema") != records.SCHEMA:
             raise ValueError(f"{where} has schema {row.get('schema')!r}, this version reads {records.SCHEMA}.")
-        wrong = next((key for key, fits in _FIELDS.items() if not fits(row.get(key))), None)
+        kind = row.get("metric", ERROR)
+        if kind not in (ERROR, LOG_PERPLEXITY):
+            raise ValueError(f"{where} has metric {kind!r:.40}, which is not known; exclude the run in {EXCLUSIONS}.")
+        unbounded = kind == LOG_PERPLEXITY
+        fields = _FIELDS | _UNBOUNDED if unbounded else _FIELDS
+        wrong = next((key for key, fits in fields.items() if not fits(row.get(key))), None)
         if wrong is not None:
-            known = f"{wrong} {row[wrong]!r:.40}, which is not {_MEANT[wrong]}" if wrong in row else f"no {wrong}"
+            meant = "a log-perplexity" if unbounded and wrong in _UNBOUNDED else _MEANT[wrong]
+            known = f"{wrong} {row[wrong]!r:.40}, which is not {meant}" if wrong in row else f"no {wrong}"
             raise ValueError(f"{where} has {known}; exclude the run in {EXCLUSIONS}.")
+        if kind != kind_of(row["dataset"], row["shots"]):
+            raise ValueError(
+                f"{where} has metric {kind} of {place(row['dataset'], row['shots'])}, which cannot be; exclude the run in "
+                f"{EXCLUSIONS}."
+            )
         if row["step"] > 0 and row["t_gflops"] == 0:
             raise ValueError(f"{where} has t_gflops 0 after step 0; exclude the run in {EXCLUSIONS}.")
         family = row.get("family", VIT)
@@ -399,6 +419,10 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "error": _amount(1.0),
     "stderr": lambda value: value is None or _amount(1.0)(value),
 }
+_UNBOUNDED: dict[str, Callable[[Any], bool]] = {  # of log-perplexities
+    "error": _amount(1e4),
+    "stderr": lambda value: value is None or _amount(1e4)(value),
+}
 _MEANT = {
     **dict.fromkeys(DIMENSIONS, "a whole number from 1 to 10,000,000"),
     **dict.fromkeys(("seed", "step", "shots", "draw"), "a whole number of at least 0"),
@@ -428,7 +452,7 @@ def _average(rows: list[dict[str, Any]], run_dir: Path) -> list[Point]:
         if durations.count(duration) > 1 or len({row["draw"] for row in group}) < len(group):
             raise ValueError(f"{run_dir / records.EVALS} evaluates {duration!r} twice; delete the run and repeat it.")
         errors = np.array([row["error"] for row in group])
-        binomial = float(np.mean([row["stderr"] or 0.0 for row in group]))
+        of_test = float(np.mean([row["stderr"] or 0.0 for row in group]))
         draws = float(errors.std(ddof=1)) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
         row = group[0]
         family = FAMILIES[row.get("family", VIT)]
@@ -436,7 +460,7 @@ def _average(rows: list[dict[str, Any]], run_dir: Path) -> list[Point]:
             POINTS[family.name](
                 run_id=run_dir.name, seed=row["seed"], **{name: row[name] for name in family.dimensions},
                 t_gflops=float(row["t_gflops"]), duration=duration, error=float(errors.mean()),
-                stderr=math.hypot(binomial, draws), num_draws=len(group),
+                stderr=math.hypot(of_test, draws), num_draws=len(group),
             )
         )  # fmt: skip
     return sorted(points, key=lambda point: point.t_gflops)

@@ -30,15 +30,13 @@ from sovit.analysis.intervals import (
 )
 from sovit.analysis.law import Law
 from sovit.analysis.points import AnyDimensions, Exclusion, HasShape, Point, dimensions, plain
+from sovit.analysis.scale import ERROR, Scale
 from sovit.analysis.shared import SharedFit, fit_shared
 from sovit.analysis.specification import BreakTest, break_test, structure_test
 from sovit.families import VIT
 
 SCHEMA = 1
-# Errors near chance belong to the start of the learning curve, which is concave in log t and which the law overshoots.
-# The headline is fixed here, before any data; the others show how far the choice moves the exponent.
-CUTOFFS = (1.0, 0.7, 0.6, 0.55, 0.5)
-HEADLINE = 0.6
+CUTOFFS, HEADLINE = ERROR.cutoffs, ERROR.headline
 
 
 def find_center(shapes: Iterable[HasShape]) -> AnyDimensions:
@@ -167,28 +165,31 @@ def fit_star(
     shots: int = 0,
     exclusions: Sequence[Exclusion] = (),
     level: float = 0.95,
-    cutoffs: Sequence[float] = CUTOFFS,
-    headline: float = HEADLINE,
+    scale: Scale = ERROR,
+    cutoffs: Sequence[float] | None = None,
+    headline: float | None = None,
     weights: str = "equal",
     priors: Mapping[str, Prior] | None = None,
     share: Sequence[str] = (),
 ) -> StarFit:
     """Fit every arm of a star.
 
-    ``cutoffs``: largest errors fitted, ``headline`` the one that counts. ``weights``: ``"equal"`` gives all points the
-    same relative precision, ``"stderr"`` that of their own standard error. ``priors``: on the exponents a, b, c of every
-    arm (see `fit_law`). ``share``: parameters among c, xi, eps that a second fit of all arms holds in common (see
-    `shared`). Raises ValueError if the points are no star or an option has no meaning.
+    ``cutoffs``: largest errors fitted, ``headline`` the one that counts; those of ``scale`` if not given.
+    ``weights``: ``"equal"`` gives all points the same relative precision, ``"stderr"`` that of their own standard error.
+    ``priors``: on the exponents a, b, c of every arm (see `fit_law`). ``share``: parameters among c, xi, eps that a second
+    fit of all arms holds in common (see `shared`). Raises ValueError if the points are no star or an option has no meaning.
     """
     if weights not in ("equal", "stderr"):
         raise ValueError(f"weights={weights!r} is not known; write 'equal' or 'stderr'.")
+    cutoffs = scale.cutoffs if cutoffs is None else cutoffs
+    headline = scale.headline if headline is None else headline
     if headline not in cutoffs:
         raise ValueError(f"headline={headline} is not among the cut-offs {tuple(cutoffs)}; add it.")
     if weights == "stderr" and any(point.stderr <= 0 for point in points):
         raise ValueError("weights='stderr' needs points with standard errors above 0; use weights='equal'.")
     middle = dimensions(center) if center is not None else find_center(points)
     arm_of = {shape: _arm(shape, middle) for shape in sorted({dimensions(point) for point in points})}
-    reasons = check.unusable(points)
+    reasons = check.unusable(points, scale)
     usable = [point for point in points if (point.run_id, point.duration) not in reasons]
     arms, by_seed = {}, {}
     seeds = sorted({point.seed for point in points})
@@ -197,7 +198,7 @@ def fit_star(
         if name in arm_of.values():
             at_center = [point for point in usable if arm_of[dimensions(point)] is None]
             arms[name] = fit_arm(
-                name, group, at_center, sorted(cutoffs, reverse=True), headline, level, weights, priors
+                name, group, at_center, sorted(cutoffs, reverse=True), headline, level, weights, priors, scale.name
             )
             if len(seeds) > 1:
                 by_seed[name] = {seed: _seed_interval(name, group, seed, headline, level, weights) for seed in seeds}
@@ -208,7 +209,7 @@ def fit_star(
         if why_not is None and arm is None:
             why_not = "center: held out"
         elif why_not is None and point.error > headline:
-            why_not = f"error {point.error:.3g} is above the cut-off {headline:g}"
+            why_not = f"{scale.name} {point.error:.3g} is above the cut-off {headline:g}"
         rows.append(plain(point) | {"arm": arm, "used": why_not is None, "why_not": why_not})
     warnings = [f"{name}: {text}" for name, fit in arms.items() for text in fit.warnings]
     if None not in arm_of.values():
@@ -306,7 +307,9 @@ def fit_arm(
     level: float,
     weights: str,
     priors: Mapping[str, Prior] | None = None,
+    value: str = ERROR.name,
 ) -> ArmFit:
+    """The fit of one arm, or why there is none; arguments as of `fit_star`, ``value`` is what an error is called."""
     used = [point for point in points if point.error <= headline]
     whole = _fit(name, used, weights, priors)
     rows = check.cutoff_fits(name, points, whole, weights, cutoffs, headline)
@@ -360,7 +363,7 @@ def fit_arm(
         converged=run_fit.fit.converged if run_fit else None,
         spread=run_fit.fit.spread if run_fit else None,
         flags=flags,
-        warnings=tuple(_warnings(points, slices, run_fit, interval, jackknife, cutoff_range, outliers))
+        warnings=tuple(_warnings(points, slices, run_fit, interval, jackknife, cutoff_range, outliers, value))
         + _law_warnings(broken, structure_p),
         outliers=outliers,
         outlier_points=check.outlier_points(used, run_fit) if run_fit else (),
@@ -378,6 +381,7 @@ def _warnings(
     jackknife: Jackknife | None,
     cutoff_range: tuple[float, float] | None,
     outliers: Sequence[check.Outlier],
+    value: str,
 ) -> list[str]:
     texts = []
     if not slices:
@@ -400,7 +404,7 @@ def _warnings(
         for row in outliers
     ]
     if fit:
-        texts += [f"error rises with compute in {run}" for run in check.rising_runs(points, fit.sigma)]
+        texts += [f"{value} rises with compute in {run}" for run in check.rising_runs(points, fit.sigma)]
         if fit.fit.converged < 0.5:
             texts.append(f"only {fit.fit.converged:.0%} of the starts reached the best fit")
     return texts

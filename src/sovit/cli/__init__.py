@@ -29,6 +29,7 @@ from sovit.cli import (
     shape,
     simulate,
     status,
+    vocabulary,
     wandb,
 )
 
@@ -41,6 +42,7 @@ COMMANDS = (
     status,
     rerun,
     eval,
+    vocabulary,
     export,
     bench,
     wandb,

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sovit.cli.options import DEFAULT_METRIC, add_retried, positive
+from sovit.cli.options import add_metric, add_retried, chosen_metric, positive
+from sovit.metric import words
 
 if TYPE_CHECKING:
     from sovit.analysis.points import Point
@@ -16,7 +17,7 @@ EPILOG = """what is checked, each with a p-value or an interval and the effect i
   quasiconvex      the error at fixed compute falls and then rises, with no second dip (arms; pairs of a grid)
   center           the exponent without the sizes next to the star's center
   star NAME        the exponent against that of another star (further directories)
-  shots, data sets the exponent by other metrics of the same runs
+  shots, data sets the exponent by other metrics of the same runs; domains, tasks: with metric=multitask
   held out         the largest budgets and the best size there, predicted from the smaller ones
   influence        the run whose absence moves the exponent most
   laws             other forms of the law, by what they predict
@@ -32,8 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     check.add_argument("runs", type=Path, help="directory of a sweep's runs, such as runs/star_tiny")
     check.add_argument("others", type=Path, nargs="*", help="directories of other stars to compare it with")
-    check.add_argument("--dataset", default=DEFAULT_METRIC[0], help="default: %(default)s")
-    check.add_argument("--shots", type=positive, default=DEFAULT_METRIC[1], help="default: %(default)s")
+    add_metric(check)
     check.add_argument("--center", metavar="WxDxM", help="of the star in RUNS, where its shapes leave it open")
     check.add_argument(
         "--draws", type=positive, default=1000, help="simulated sweeps for a p-value (default: %(default)s)"
@@ -48,8 +48,9 @@ def _check(arguments: argparse.Namespace) -> int:
     from sovit.analysis.forecast.diagonal import is_diagonal
     from sovit.analysis.grid import sweep_kind
     from sovit.analysis.points import dimensions, load_points, metrics, only_vits, parse_dimensions
+    from sovit.analysis.scale import scale_of
 
-    directory, metric = arguments.runs, (arguments.dataset, arguments.shots)
+    directory, metric = arguments.runs, chosen_metric(arguments)
     points, exclusions = load_points(directory, *metric, retried=arguments.retried)
     if not points:
         raise ValueError(f"{directory} holds no finished run; see sovit status {directory}.")
@@ -66,22 +67,27 @@ def _check(arguments: argparse.Namespace) -> int:
             None if arguments.center is None else parse_dimensions("--center", arguments.center, dimensions(points[0]))
         )
         found = doubts.check_star(
-            points, center, metric=metric, by_metric=by_metric, others=others, draws=arguments.draws
+            points,
+            center,
+            metric=metric,
+            by_metric=by_metric,
+            others=others,
+            scales={key: scale_of(directory, *key, group) for key, group in by_metric.items()},
+            draws=arguments.draws,
         )
     elif arguments.others or arguments.center:
         what = "other directories" if arguments.others else "--center"
         raise ValueError(f"{directory} is a {kind}; {what} can be given for a star only.")
     else:
         only_vits(points, "check of a grid")
-        found = doubts.check_grid(points, draws=min(arguments.draws, 400))
+        scale = scale_of(directory, *metric, points)
+        found = doubts.check_grid(points, scale=scale, draws=min(arguments.draws, 400))
     found = {"sweep": directory.resolve().name, "metric": {"dataset": metric[0], "shots": metric[1]}} | found
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
     left_out = f", {len(exclusions)} runs left out" if exclusions else ""
-    print(
-        f"{found['sweep']}: {metric[1]}-shot error on {metric[0]}, {len({p.run_id for p in points})} runs{left_out}\n"
-    )
+    print(f"{found['sweep']}: {words(*metric)}, {len({p.run_id for p in points})} runs{left_out}\n")
     print(doubts.text(found))
     return 0
 

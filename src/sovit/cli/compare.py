@@ -1,4 +1,4 @@
-"""``sovit compare``: do the exponents of two stars differ?"""
+"""``sovit compare``: do the exponents of two stars differ, or those of one star by two metrics?"""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sovit.cli.options import DEFAULT_METRIC, add_retried, positive
+from sovit.cli.options import add_metric, add_retried, chosen_metric
+from sovit.metric import Metric, label, parse, words
 
 if TYPE_CHECKING:
     from sovit.analysis.comparison import Paired
-    from sovit.analysis.points import Point
+    from sovit.analysis.points import AnyDimensions, Point
     from sovit.analysis.star import StarFit
 
 _SAME_T = 1.05  # computes within 5% are the same: steps are rounded
@@ -20,6 +21,9 @@ _SAME_T = 1.05  # computes within 5% are the same: steps are rounded
 EPILOG = """for each dimension the ratio and the difference of the two exponents with 95% intervals, a test of no
 difference (Holm's correction over the dimensions), and the ratio such stars would show four times in five.
 What differs between the configurations is listed; lay a difference to one thing only where one thing differs.
+
+one star, two metrics of its runs: sovit compare runs/star_multitask --metrics fractals multitask
+for each dimension the ratio of the exponents (1: parallel paths) and of the best sizes at equal compute (1: the same).
 """
 
 
@@ -31,9 +35,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("first", type=Path, metavar="RUNS", help="directory of a star's runs, such as runs/star_quick")
-    command.add_argument("second", type=Path, metavar="RUNS", help="directory of the star to compare it with")
-    command.add_argument("--dataset", default=DEFAULT_METRIC[0], help="default: %(default)s")
-    command.add_argument("--shots", type=positive, default=DEFAULT_METRIC[1], help="default: %(default)s")
+    command.add_argument(
+        "second", type=Path, nargs="?", metavar="RUNS", help="directory of the star to compare it with"
+    )
+    command.add_argument(
+        "--metrics", nargs=2, metavar="METRIC",
+        help="two metrics of the first star instead, such as fractals@10 multitask (DATASET is DATASET@10)",
+    )  # fmt: skip
+    add_metric(command)
+    command.add_argument("--center", metavar="WxDxM", help="of the star of --metrics, where its shapes leave it open")
     command.add_argument(
         "--same-compute", action="store_true", help="use only the range of compute that both stars have"
     )
@@ -42,13 +52,25 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add_retried(command)
     command.add_argument("--json", action="store_true", help="print comparison.json instead of the text")
-    command.add_argument("--out", type=Path, help="directory of the report (default: FIRST-vs-SECOND beside the first)")
+    command.add_argument(
+        "--out", type=Path,
+        help="directory of the report (default: FIRST-vs-SECOND, or FIRST-METRIC-vs-METRIC, beside the first)",
+    )  # fmt: skip
     command.set_defaults(command=_compare)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from sovit.analysis.report import contents_compare as report
 
+    if arguments.metrics:
+        return _metrics(arguments)
+    if arguments.second is None:
+        raise ValueError(
+            "one star is given; give the directory of another, or two metrics of it such as --metrics fractals multitask."
+        )
+    if arguments.center is not None:
+        raise ValueError("--center is for --metrics; two stars must show theirs.")
+    arguments.dataset, arguments.shots = chosen_metric(arguments)
     found = _found(arguments)
     first, second = (found[which]["sweep"] for which in ("first", "second"))
     out = arguments.out or arguments.first.resolve().parent / f"{first}-vs-{second}"
@@ -61,15 +83,97 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _metrics(arguments: argparse.Namespace) -> int:
+    from sovit.analysis.report import contents_compare, contents_domains
+
+    directory = arguments.first
+    if arguments.second is not None:
+        raise ValueError(f"--metrics are two of one star; leave out {arguments.second}, or --metrics.")
+    foreign = {"--shots": arguments.shots is not None, "--same-compute": arguments.same_compute}
+    for option in (option for option, given in foreign.items() if given):
+        raise ValueError(f"{option} has no meaning with --metrics; write DATASET@SHOTS for shots, and leave it out.")
+    pair = parse(arguments.metrics[0]), parse(arguments.metrics[1])
+    if pair[0] == pair[1]:
+        raise ValueError(f"{label(*pair[0])} is given twice; give two metrics, such as fractals@10 and multitask.")
+    found = _found_domains(arguments, pair)
+    names = "-vs-".join(label(*one).replace("@", "-") for one in pair)
+    out = arguments.out or directory.resolve().parent / f"{directory.resolve().name}-{names}"
+    page = contents_domains.write(found, out)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(contents_domains.text(found))
+    print(f"\n{out / contents_compare.FILES[0]}, {page}")
+    return 0
+
+
+def _found_domains(arguments: argparse.Namespace, pair: tuple[Metric, Metric]) -> dict[str, Any]:
+    """The content of comparison.json for two metrics. Raises ValueError for what cannot be compared."""
+    from sovit.analysis import domains
+    from sovit.analysis.points import load_points, plain
+    from sovit.analysis.report.page import read_runs
+    from sovit.analysis.report.summary import baselines
+    from sovit.analysis.scale import scale_of
+    from sovit.analysis.star import fit_star
+
+    directory = arguments.first
+    runs = read_runs(directory) if directory.is_dir() else []
+    stars, about = [], []
+    for one in pair:
+        points, exclusions = load_points(directory, *one, retried=arguments.retried)
+        _only_star(directory, points)
+        made = fit_star(
+            points,
+            sweep=directory.resolve().name,
+            center=_center(arguments.center, points),
+            dataset=one[0],
+            shots=one[1],
+            exclusions=exclusions,
+            scale=scale_of(directory, *one, points),
+        )
+        stars.append((made, points))
+        fit = made.as_dict()
+        keys = ("metric", "level", "arms", "points", "center", "warnings")
+        known = {"name": words(*one), "label": label(*one), "to_beat": baselines(fit, runs)}
+        about.append(_about(directory, made, points) | known | {"fit": {key: fit[key] for key in keys}})
+    compared = domains.beside(stars[0], stars[1], draws=200 if arguments.no_power else domains.DRAWS)
+    notes = []
+    if about[0]["num_left_out"] or about[1]["num_left_out"]:
+        left_out = [f"{one['num_left_out']} for {one['label']}" for one in about]
+        notes.append(f"Runs left out: {left_out[0]}, {left_out[1]}; sovit fit says why.")
+    if any("simulated" in run for run in runs):
+        notes.append("These runs were simulated: their values were drawn from laws that are known.")
+    return {
+        "schema": domains.SCHEMA,
+        "kind": "metrics",
+        "sweep": directory.resolve().name,
+        "first": about[0],
+        "second": about[1],
+        "level": stars[0][0].level,
+        **plain(compared),
+        "notes": notes,
+        "command": ["sovit", *sys.argv[1:]],
+    }
+
+
+def _center(text: str | None, points: list[Point]) -> AnyDimensions | None:
+    from sovit.analysis.points import dimensions, parse_dimensions
+
+    return None if text is None else parse_dimensions("--center", text, dimensions(points[0]))
+
+
 def _found(arguments: argparse.Namespace) -> dict[str, Any]:
     """The content of comparison.json. Raises ValueError for sweeps that cannot be compared."""
     from sovit.analysis import comparison, settings
     from sovit.analysis.points import plain
+    from sovit.analysis.scale import scale_of
     from sovit.analysis.star import fit_star
 
     directories = (arguments.first, arguments.second)
     if directories[0].resolve() == directories[1].resolve():
-        raise ValueError(f"{directories[0]} is given twice; sovit check compares the metrics of one sweep.")
+        raise ValueError(
+            f"{directories[0]} is given twice; --metrics compares two metrics of one sweep, and sovit check all of them."
+        )
     loaded = [_load(directory, arguments) for directory in directories]
     configurations = [
         settings.configuration(directory, (point.run_id for point in points))
@@ -80,7 +184,15 @@ def _found(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.same_compute:
         loaded = [(_within(points, ranges), exclusions) for points, exclusions in loaded]
     stars = [
-        (fit_star(points, sweep=directory.resolve().name, exclusions=exclusions), points)
+        (
+            fit_star(
+                points,
+                sweep=directory.resolve().name,
+                exclusions=exclusions,
+                scale=scale_of(directory, arguments.dataset, arguments.shots, points),
+            ),
+            points,
+        )
         for directory, (points, exclusions) in zip(directories, loaded, strict=True)
     ]
     compared = comparison.compare(stars[0], stars[1], power=not arguments.no_power)
@@ -104,17 +216,23 @@ def _found(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(directory: Path, arguments: argparse.Namespace) -> tuple[list[Point], list[Any]]:
-    from sovit.analysis.forecast.diagonal import is_diagonal
-    from sovit.analysis.grid import sweep_kind
     from sovit.analysis.points import load_points
 
     points, exclusions = load_points(directory, arguments.dataset, arguments.shots, retried=arguments.retried)
+    _only_star(directory, points)
+    return points, exclusions
+
+
+def _only_star(directory: Path, points: list[Point]) -> None:
+    """Raise ValueError if there is nothing to compare, or it is no star's."""
+    from sovit.analysis.forecast.diagonal import is_diagonal
+    from sovit.analysis.grid import sweep_kind
+
     if not points:
         raise ValueError(f"{directory} holds no finished run; see sovit status {directory}.")
     kind = "diagonal" if is_diagonal(points) else sweep_kind(points)
     if kind != "star":
-        raise ValueError(f"{directory} is a {kind}; exponents are compared between two stars.")
-    return points, exclusions
+        raise ValueError(f"{directory} is a {kind}; exponents are compared of stars.")
 
 
 def _refuse(directories: tuple[Path, ...], configurations: list[dict[str, Any]]) -> None:

@@ -26,6 +26,8 @@ from sovit.cli.expected import (
     wrap,
 )
 from sovit.cli.options import DEFAULT_METRIC, positive
+from sovit.metric import ERROR, Metric, kind_of, words
+from sovit.metric import key as key_of
 
 if TYPE_CHECKING:
     from sovit.analysis.planning.design import Design, Step, Task
@@ -106,7 +108,7 @@ def _design(arguments: argparse.Namespace) -> int:
     fit = read_fit(arguments.law) if arguments.law else None
     if fit and arguments.optimal_at:
         raise ValueError("--optimal-at places an assumed law, but --law brings fitted ones; give one of them.")
-    metric = (fit["metric"]["dataset"], fit["metric"]["shots"]) if fit else DEFAULT_METRIC
+    metric = _metric_of(fit) if fit else DEFAULT_METRIC
     center_text = arguments.center or ("x".join(map(str, fit["center"].values())) if fit else None)
     cfg = _composed([*arguments.overrides, *([f"shape={center_text}"] if center_text else [])])
     center = dimensions(shape_of(cfg))
@@ -232,7 +234,7 @@ def write_sweeps(
             "program": PROGRAM,
             "command": COMMAND,
             "method": "grid",
-            "metric": {"name": f"eval/{metric[0]}_{metric[1]}shot/error", "goal": "minimize"},
+            "metric": {"name": key_of(*metric), "goal": "minimize"},
             "parameters": parameters,
         }
         written.append(
@@ -260,6 +262,16 @@ def _cells(count: int) -> str:
     return f"{count} {'cell' if count == 1 else 'cells'}"
 
 
+def _metric_of(fit: dict[str, Any]) -> Metric:
+    """The metric of a fit. Raises ValueError for one that is no error: the plans know where errors can be fitted."""
+    found = fit["metric"]["dataset"], fit["metric"]["shots"]
+    if kind_of(*found) != ERROR:
+        raise ValueError(
+            f"the fit is of the {words(*found)}; sweeps are planned for errors only, so give the fit of a few-shot error."
+        )
+    return found
+
+
 # sovit next
 
 
@@ -271,7 +283,7 @@ def _next(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.enough < 1:
         raise ValueError(f"--enough {arguments.enough:g} is not between 0 and 1; write 0.01 for 1%.")
     fit = read_fit(arguments.fit or arguments.runs / "fit.json")
-    metric = fit["metric"]["dataset"], fit["metric"]["shots"]
+    metric = _metric_of(fit)
     chosen = spreads(arguments.noise or f"from={arguments.runs}", fit, _arms_with_law(fit), metric)
     arms, remarks = search.measured_arms(fit, chosen)
     target = arguments.target or 10 * max(points.t.max() for points in arms.values())

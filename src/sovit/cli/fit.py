@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sovit.cli.options import DEFAULT_METRIC, add_retried, positive
+from sovit.cli.options import add_metric, add_retried, chosen_metric
 
 if TYPE_CHECKING:
     from sovit.analysis.points import AnyDimensions, Dimensions, Exclusion, Point
@@ -22,8 +22,7 @@ _DRAWS = 200  # simulated sweeps behind a p-value of the checks; sovit check dra
 def add(commands: argparse._SubParsersAction) -> None:
     fit = commands.add_parser("fit", help="scaling exponents or the best shape from the runs of a sweep")
     fit.add_argument("runs", type=Path, nargs="+", help="directory of a sweep's runs, such as runs/star_tiny")
-    fit.add_argument("--dataset", default=DEFAULT_METRIC[0], help="default: %(default)s")
-    fit.add_argument("--shots", type=positive, default=DEFAULT_METRIC[1], help="default: %(default)s")
+    add_metric(fit)
     fit.add_argument("--center", metavar="WxDxM", help="of a star; found from the shapes unless there is one arm only")
     fit.add_argument(
         "--law", choices=("paper", "flops"), default="paper",
@@ -61,7 +60,8 @@ def _prior(text: str) -> tuple[str, float, float]:
 def _fit(arguments: argparse.Namespace) -> int:
     from sovit.analysis.report import page as report
 
-    directories, dataset, shots = arguments.runs, arguments.dataset, arguments.shots
+    directories = arguments.runs
+    dataset, shots = arguments.dataset, arguments.shots = chosen_metric(arguments)
     for directory in directories:
         if not directory.is_dir():
             raise ValueError(f"{directory} is not a directory; give the directory that holds a sweep's runs.")
@@ -112,10 +112,12 @@ def _one_sweep(
     from sovit.analysis.forecast.diagonal import fit_diagonal, is_diagonal
     from sovit.analysis.grid import fit_grid, load_shots, sweep_kind
     from sovit.analysis.points import only_vits
+    from sovit.analysis.scale import scale_of
     from sovit.analysis.star import fit_star
 
     metric = {"dataset": arguments.dataset, "shots": arguments.shots}
-    about: dict[str, Any] = {"sweep": directory.resolve().name, "exclusions": exclusions} | metric
+    scale = scale_of(directory, arguments.dataset, arguments.shots, points)
+    about: dict[str, Any] = {"sweep": directory.resolve().name, "exclusions": exclusions, "scale": scale} | metric
     kind = "diagonal" if is_diagonal(points) else sweep_kind(points)
     if kind != "star":
         only_vits(points, f"fit of a {kind}")
@@ -134,7 +136,9 @@ def _one_sweep(
         found = fit_grid(
             points, by_shots=load_shots(directory, arguments.dataset, retried=arguments.retried), **about
         ).as_dict()
-        return found if arguments.no_checks else found | {"checks": doubts.check_grid(points, draws=_DRAWS)}
+        return (
+            found if arguments.no_checks else found | {"checks": doubts.check_grid(points, scale=scale, draws=_DRAWS)}
+        )
     center = _center(arguments.center, points)
     priors = {name: Prior(value, spread) for name, value, spread in arguments.prior}
     share = [name.strip() for name in arguments.share.split(",")] if arguments.share else ()
@@ -148,7 +152,9 @@ def _one_sweep(
         for key in metrics(directory, retried=arguments.retried)
     }
     key = (arguments.dataset, arguments.shots)
-    return found | {"checks": doubts.check_star(points, center, metric=key, by_metric=by_metric, draws=_DRAWS)}
+    scales = {other: scale_of(directory, *other, group) for other, group in by_metric.items()}
+    checks = doubts.check_star(points, center, metric=key, by_metric=by_metric, scales=scales, draws=_DRAWS)
+    return found | {"checks": checks}
 
 
 def _joint(
@@ -157,9 +163,11 @@ def _joint(
     """The fit.json of the law that knows its FLOPs, over all sweeps."""
     from sovit.analysis.forecast.joint import fit_joint, read_geometry
     from sovit.analysis.points import only_vits
+    from sovit.analysis.scale import scale_of
 
     for points, _ in loaded.values():
         only_vits(points, "law that knows what a shape costs")
+    directory, (points, _) = next(iter(loaded.items()))
     for option in ("center", "direction", "origin", "prior", "share"):
         if getattr(arguments, option):
             raise ValueError(f"--{option} has no meaning for --law flops; leave it out.")
@@ -169,6 +177,7 @@ def _joint(
         dataset=arguments.dataset,
         shots=arguments.shots,
         exclusions=[one for _, exclusions in loaded.values() for one in exclusions],
+        scale=scale_of(directory, arguments.dataset, arguments.shots, points),
     ).as_dict()
 
 

@@ -6,7 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
-DEFAULT_METRIC = ("fractals", 10)
+from sovit.metric import DEFAULT_SHOTS, MULTITASK, Metric, shots_of
+
+DEFAULT_METRIC = ("fractals", DEFAULT_SHOTS)
 PRICE_HELP = "dollars an hour: of one GPU, or of the whole machine where the cells run on its CPU"
 DIMENSIONS = ("width", "depth", "mlp_dim")  # as in analysis.points, which is slow to import
 
@@ -41,6 +43,27 @@ def by_dimension(text: str) -> dict[str, float]:
             raise argparse.ArgumentTypeError(f"{text!r} names {key} twice")
         found[name] = above_0(value)
     return found
+
+
+def at_least_0(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def add_metric(command: argparse.ArgumentParser) -> None:
+    """The metric that a command is about; `chosen_metric` reads it."""
+    command.add_argument(
+        "--dataset", default=DEFAULT_METRIC[0],
+        help=f"of the evaluation, or {MULTITASK}, the decoder's log-perplexity (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--shots", type=at_least_0, help=f"default: {DEFAULT_SHOTS}; {MULTITASK} and zero-shot have 0")
+
+
+def chosen_metric(arguments: argparse.Namespace) -> Metric:
+    """Data set and shots, which follow from the data set where they are not given."""
+    return arguments.dataset, shots_of(arguments.dataset, arguments.shots)
 
 
 def add_retried(command: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sovit.cli import budget, experiment, serving
 from sovit.cli.options import DIMENSIONS, above_0, by_dimension, positive
+from sovit.metric import place
 
 if TYPE_CHECKING:
     from sovit.analysis.forecast.candidates import Candidate, Regret
@@ -207,7 +208,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _check_metrics(fits: Mapping[str, Mapping[str, Any]]) -> None:
     metrics = {kind: (fit["metric"].get("dataset"), fit["metric"].get("shots")) for kind, fit in fits.items()}
     if len(set(metrics.values())) > 1:
-        said = ", ".join(f"the {kind} on {name} at {shots} shots" for kind, (name, shots) in metrics.items())
+        said = ", ".join(f"the {kind} on {place(*one)}" for kind, one in metrics.items())
         raise ValueError(f"the fits are of different metrics ({said}); fit all of them on one.")
 
 

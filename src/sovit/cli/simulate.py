@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sovit.cli.options import positive
+from sovit.metric import ERROR, kind_of, words
 
 if TYPE_CHECKING:
     from sovit.analysis.forecast.joint import Geometry
@@ -69,6 +70,11 @@ def _simulate(arguments: argparse.Namespace) -> int:
         fail=arguments.fail,
     )
     sweep = load_sweep(arguments.file, [*arguments.overrides, *_runs_dir(arguments)])
+    metric = metric_of(sweep.metric["name"])
+    if kind_of(*metric) != ERROR:
+        raise ValueError(
+            f"{arguments.file} follows the {words(*metric)}, and only errors are simulated; give it a few-shot metric."
+        )
     made = plan(sweep)
     configs = [cell.config for cell in made.cells]
     geometry, num_draws = _shared(configs)
@@ -78,7 +84,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     _refuse(made, origin["law"])
     drawn = simulate.draw_errors(truth, cells, noise, _generator(arguments.seed, cells), num_draws=num_draws)
     text = _text(made, cells, truth, noise, drawn)  # raises for a truth without an optimum, before anything is written
-    _write(made, configs, cells, drawn, noise, origin, metric_of(sweep.metric["name"]))
+    _write(made, configs, cells, drawn, noise, origin, metric)
     print(text)
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sovit.cli.options import DEFAULT_METRIC, add_sweep, positive
+from sovit.cli.options import add_metric, add_sweep, chosen_metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,8 +53,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     dashboard.add_argument("path", metavar="ENTITY/PROJECT")
     dashboard.add_argument("--sweep", metavar="NAME", help="the name its runs were trained under, if there are several")
-    dashboard.add_argument("--dataset", default=DEFAULT_METRIC[0], help="default: %(default)s")
-    dashboard.add_argument("--shots", type=positive, default=DEFAULT_METRIC[1], help="default: %(default)s")
+    add_metric(dashboard)
     dashboard.set_defaults(command=_dashboard)
 
 
@@ -104,7 +103,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 def _dashboard(arguments: argparse.Namespace) -> int:
     from sovit.launch.wandb.dashboard import dashboard
 
-    address, new = dashboard(arguments.path, arguments.sweep, (arguments.dataset, arguments.shots))
+    address, new = dashboard(arguments.path, arguments.sweep, chosen_metric(arguments))
     print(f"{'Written' if new else 'Brought up to date'}: {address}")
     return 0
 

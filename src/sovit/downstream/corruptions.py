@@ -153,7 +153,7 @@ def text(result: dict[str, Any]) -> list[str]:
 
 def _other(source: str) -> Trained:
     try:
-        return load(Path(source).expanduser())
+        return load(Path(source).expanduser(), images=True)
     except ConfigError as error:
         raise ConfigError(f"task.against: {error}") from None
 

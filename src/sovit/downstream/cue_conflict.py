@@ -230,7 +230,7 @@ def _others(
             answers = zip(rows, judged.values(), strict=True)
             found[who] = rows, np.array([decision == cues.SHAPES[made[k].shape] for k, decision in answers])
         return found
-    other = load(path)
+    other = load(path, images=True)
     _check_size(other)
     other.model.to(next(trained.model.parameters()).device)
     decided = _decisions(other, cfg, made)[0]["model"]

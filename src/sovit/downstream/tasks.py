@@ -40,7 +40,13 @@ TASKS = (
     "finetune",
     "segment",
     "cue_conflict",
+    "multitask",
+    "zeroshot",
+    "retrieval",
 )
+
+
+OF_TEXTS = ("zeroshot", "retrieval")  # for a text tower with its image tower; the others are for models of images
 
 
 class Task(Protocol):
@@ -129,7 +135,7 @@ def evaluate(source: Path, overrides: Sequence[str], *, average: bool | None = N
     ConfigError, and ConfigError too if another process is at it.
     """
     task, cfg = compose(overrides)
-    trained = load(source, average=average)
+    trained = load(source, average=average, images=cfg.name not in OF_TEXTS)
     task.check(cfg, trained)
     depends = getattr(task, "depends", lambda trained, cfg: None)(trained, cfg)
     path = place(trained.weights.source) / f"{cfg.name}-{_identity(trained, cfg, depends)}.json"

@@ -2,6 +2,7 @@
 
 A family is its dimensions in the order of the text form, the value that holds them (which knows what it costs), and its
 part of a run id. All have width, depth and mlp_dim; MLP-Mixer has a fourth. `sovit.models.families` builds the models.
+One family reads texts: the tower that is trained against a locked image tower (`sovit.families.text`).
 A shape of another family than ViT says so in its record; a ViT's says nothing, as all did when there was no other.
 """
 
@@ -15,9 +16,11 @@ from typing import Any
 
 from sovit.families.mixer import NAMED_MIXERS, MixerShape
 from sovit.families.swin import NAMED_SWINS, SwinShape
+from sovit.families.text import NAMED_TOWERS, TextShape
 from sovit.shape import NAMED, AnyShape, NamedShape, Shape
 
 VIT = "vit"
+TEXT = "text"  # the one family whose models read texts
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Family:
         return self.shape(**{key: values[key] for key in fields})
 
 
-EXAMPLES = {VIT: (32, 4, 128), "mixer": (32, 4, 16, 128), "swin": (16, 2, 64)}
+EXAMPLES = {VIT: (32, 4, 128), "mixer": (32, 4, 16, 128), "swin": (16, 2, 64), TEXT: (32, 2, 128)}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -100,6 +103,11 @@ FAMILIES: dict[str, Family] = {
             "swin", "Swin", SwinShape, ("width", "depth", "mlp_dim"),
             "w{width:04d}-d{depth:02d}-m{mlp_dim:04d}-h{num_heads:02d}-n{stages:d}-k{window:02d}-p{patch_size:02d}",
             NAMED_SWINS, ("num_heads", "head_dim", "stages", "window"),
+        ),
+        Family(
+            TEXT, "text tower", TextShape, ("width", "depth", "mlp_dim"),
+            "w{width:04d}-d{depth:02d}-m{mlp_dim:04d}-h{num_heads:02d}-l{length:03d}", NAMED_TOWERS,
+            ("num_heads", "head_dim"),
         ),
     )
 }  # fmt: skip

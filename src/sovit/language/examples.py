@@ -31,9 +31,15 @@ class Question:
 class TextImages(Protocol):
     """Images with captions and questions. What could not be used is counted in ``left_out``."""
 
-    name: str
-    fingerprint: str  # changes when the images or texts do
-    left_out: LeftOut
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the images or texts do."""
+
+    @property
+    def left_out(self) -> LeftOut: ...
 
     def __len__(self) -> int:
         """How many images."""

@@ -24,12 +24,14 @@ from sovit.config import (
     model_geometry,
     model_options,
     shape_of,
+    text_results,
 )
-from sovit.families import activations, blocks, shape_of_record
+from sovit.families import TEXT, activations, blocks, shape_of_record
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.devices import cores, visible_gpus
 from sovit.launch.processes import devices_of
 from sovit.launch.sweep import Sweep, SweepError, metric_of
+from sovit.metric import LOG_PERPLEXITY, key, kind_of
 from sovit.schedule import segments, steps_trained
 from sovit.shape import AnyShape
 from sovit.strict import nearest
@@ -326,6 +328,20 @@ def default_workers(cells: Sequence[Cell], cells_per_gpu: int = 1) -> int:
 def _check_metric(sweep: Sweep, cfg: RunConfig) -> None:
     """The metric that W&B and the display follow is one that the cells evaluate."""
     (dataset, shots), known = metric_of(sweep.metric["name"]), [fewshot_name(name) for name in cfg.eval.datasets]
+    if kind_of(dataset, shots) == LOG_PERPLEXITY:
+        if not cfg.eval.multitask:
+            raise SweepError(
+                f"{sweep.path}: metric {sweep.metric['name']!a}, but no decoder is trained; write "
+                "metric: {value: multitask} among the parameters."
+            )
+        return
+    if cfg.model.family == TEXT:
+        if dataset not in (known := text_results(cfg)) or shots != 0:
+            raise SweepError(
+                f"{sweep.path}: metric {sweep.metric['name']!a} is none of a text tower; write "
+                f"{' or '.join(key(name, 0) for name in known[:2])}."
+            )
+        return
     if dataset not in known:
         raise SweepError(
             f"{sweep.path}: metric {sweep.metric['name']!a} is of no data set of the evaluation{nearest(dataset, known)}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sovit.config import check_overrides
+from sovit.metric import Metric, parse_key
 from sovit.strict import ConfigError, nearest, read_yaml
 
 TOP_LEVEL_KEYS = {"program", "command", "method", "metric", "name", "description", "project", "entity", "parameters"}
@@ -162,12 +163,12 @@ def _split(override: str) -> tuple[str, str]:
     return key, value
 
 
-def metric_of(name: str) -> tuple[str, int]:
-    """("fractals", 10) for ``eval/fractals_10shot/error``. Raises SweepError for any other text."""
-    match = re.fullmatch(r"eval/([\w.-]+)_(\d+)shot/error", name)
-    if not match:
-        raise SweepError(f"metric name {name!a} is not one that runs log; write eval/fractals_10shot/error.")
-    return match[1], int(match[2])
+def metric_of(name: str) -> Metric:
+    """("fractals", 10) for ``eval/fractals_10shot/error``. Raises SweepError for a text that names no metric."""
+    try:
+        return parse_key(name)
+    except ValueError as error:
+        raise SweepError(f"{error}.") from None
 
 
 def _metric(path: Path, metric: Any) -> dict[str, str]:

@@ -22,6 +22,7 @@ from sovit.data.shards import shard_paths
 from sovit.data.sources import SPLITS, Images, kind_of, open_images
 from sovit.data.stream import FewShotSet, FractalDataset, StepSampler, digits_fewshot, fractal_fewshot, make_loader
 from sovit.data.views import TestView, TrainView
+from sovit.families import TEXT
 from sovit.lit.layout import on_gpu
 from sovit.schema import EVAL_DATASETS
 
@@ -64,7 +65,11 @@ class TrainData(pl.LightningDataModule):
             rank=self.rank,
             world=self.world,
         )
-        return make_loader(train_stream(cfg), sampler, cfg.data.num_workers, pin_memory=on_gpu(cfg))
+        return make_loader(self.stream(), sampler, cfg.data.num_workers, pin_memory=on_gpu(cfg))
+
+    def stream(self) -> Any:
+        """The data set: what it makes of the positions of a batch."""
+        return train_stream(self.cfg)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """(images, labels) of a batch that has arrived on its device."""
@@ -126,9 +131,13 @@ def data_fingerprint(cfg: RunConfig) -> str:
     before anything is trained. Raises ConfigError.
     """
     sources = _sources(cfg)
+    if cfg.model.family == TEXT:
+        from sovit.lit.pairs import pairs_of  # which builds on this module
+
+        return pairs_of(cfg).fingerprint
     for dataset in cfg.eval.datasets:
         if dataset not in EVAL_DATASETS:
-            _checked(check_fewshot, *fewshot_images(dataset), cfg.eval.shots)
+            checked(check_fewshot, *fewshot_images(dataset), cfg.eval.shots)
     return fingerprint(world_of(cfg)) if cfg.data.name == "fractals" else sources[0].fingerprint
 
 
@@ -148,15 +157,15 @@ def fewshot_sets(cfg: RunConfig, rank: int = 0) -> list[FewShotSet]:
         bad = bad_files(cfg, rank)
         train, test = fewshot_images(dataset)
         view, name = TestView(size, channels), fewshot_name(dataset)
-        return _checked(fewshot_set, name, train, test, view, shots=cfg.eval.shots, threads=threads, note=bad.note)
+        return checked(fewshot_set, name, train, test, view, shots=cfg.eval.shots, threads=threads, note=bad.note)
 
     return [build(dataset) for dataset in cfg.eval.datasets]
 
 
 def fewshot_images(dataset: str) -> tuple[Images, Images]:
     """What to draw support from and what to test on: the parts train, and test or val, of a folder. Raises ConfigError."""
-    kind = _checked(kind_of, dataset)
-    parts = [name for name in SPLITS if _has_part(kind, dataset, name)]
+    kind = checked(kind_of, dataset)
+    parts = [name for name in SPLITS if has_part(kind, dataset, name)]
     support = next((name for name in parts if name.startswith("train")), None)
     tested = next((name for name in parts if not name.startswith("train")), None)
     if support is None or tested is None:
@@ -167,7 +176,7 @@ def fewshot_images(dataset: str) -> tuple[Images, Images]:
     return _listed(kind, dataset, support), _listed(kind, dataset, tested)
 
 
-def _has_part(kind: str, root: str, part: str) -> bool:
+def has_part(kind: str, root: str, part: str) -> bool:
     folder = Path(root).expanduser()
     if kind == "webdataset":
         try:
@@ -195,6 +204,10 @@ def bad_files(cfg: RunConfig, rank: int = 0) -> BadFiles:
 
 def _sources(cfg: RunConfig) -> list[Images]:
     """Every list of files that the configuration names."""
+    if cfg.model.family == TEXT:
+        from sovit.lit.pairs import sources_of  # which builds on this module
+
+        return sources_of(cfg)
     sources = [] if cfg.data.name == "fractals" else [train_images(cfg)]
     for dataset in cfg.eval.datasets:
         sources += () if dataset in EVAL_DATASETS else fewshot_images(dataset)
@@ -208,10 +221,10 @@ def _bad_files(directory: Path, there: bool, rank: int) -> BadFiles:
 
 def _listed(kind: str, root: str, *rest: str | None) -> Images:
     rest = (*rest, None, None, None, None)[:4]  # a listing is kept under all of its arguments
-    return _checked(open_images, kind, os.path.normpath(Path(root).expanduser()), *rest)
+    return checked(open_images, kind, os.path.normpath(Path(root).expanduser()), *rest)
 
 
-def _checked(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+def checked(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """What the function returns, its ValueError as one the user can mend."""
     try:
         return function(*arguments, **options)

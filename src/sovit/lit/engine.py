@@ -34,11 +34,13 @@ from sovit.lit import checkpoints, layout, sharded
 from sovit.lit.callbacks import Diverged, Stopped
 from sovit.lit.data import data_fingerprint
 from sovit.lit.evaluation import Evaluation
-from sovit.lit.fit import Work, fit
+from sovit.lit.fit import Work, beside_of, fit
+from sovit.lit.locked import Locked
 from sovit.lit.loggers import finish, make_loggers
 from sovit.lit.ranks import PortTaken, Ranks, joined
 from sovit.lit.record import new_record
-from sovit.lit.teacher import teacher_of
+from sovit.lit.teacher import Teacher
+from sovit.lit.text_evaluation import TextEvaluation
 
 BASELINES = ".baselines.json"  # of a sweep
 
@@ -108,6 +110,7 @@ class _Own:
     growing: records.GrowingFiles
     record: dict[str, Any]
     loggers: list[Logger]
+    beside: Teacher | Locked | None
 
 
 def _run_held(
@@ -132,6 +135,7 @@ def _run_held(
         ranks=ranks,
         layout=begun.layout,
         check=first.claim.check if first else _nothing,
+        beside=first.beside if first else beside_of(cfg),
     )
     found: dict[str, Any] = {}
     code, reason = ERROR, None
@@ -186,22 +190,20 @@ def _begin(
         raise ConfigError(
             f"the images have changed since {directory.name} began; put them back, or choose another name or tag."
         )
-    teacher, known = teacher_of(cfg), (before.get("teacher") or {}).get("sha256")
-    if known and (teacher is None or teacher.sha256 != known):
-        raise ConfigError(
-            f"optim.teacher has other weights than when {directory.name} began; put them back, or choose another name."
-        )
+    beside = beside_of(cfg)
+    if beside is not None:
+        beside.check(before, directory.name)
     claim.check()
     point, state = checkpoints.begin(directory, plan, records.config_hash(cfg))
     growing = records.GrowingFiles(directory, state.get("marks"), claim.check)
     if point is not None:
         print(f"Going on from step {point.step} of segment {point.segment + 1} of {len(plan)}.")
     chosen = layout.choose(cfg, directory, ranks)
-    record = new_record(cfg, directory, before) | {"layout": {"processes": ranks.world, **asdict(chosen)}}
+    record = new_record(cfg, directory, before, beside) | {"layout": {"processes": ranks.world, **asdict(chosen)}}
     claim.check()
     records.write_json(directory / records.RUN, record, durable=True)
     # metrics.jsonl is written by the Log callback, which knows where its rows end
-    own.append(_Own(claim, growing, record, make_loggers(cfg, directory)))
+    own.append(_Own(claim, growing, record, make_loggers(cfg, directory), beside))
     return _Beginning(over=False, point=point, layout=chosen)
 
 
@@ -293,7 +295,8 @@ def _say(text: str, file: Any = None) -> None:
 def _train(work: Work, point: checkpoints.ResumePoint | None, stop_requested: Callable[[], bool]) -> dict[str, Any]:
     """Train and evaluate every segment from a resume point on; returns what the run's record has to say about it."""
     cfg, plan, growing = work.cfg, work.plan, work.growing
-    evaluation = Evaluation(cfg, growing, work.loggers, work.ranks, work.directory.name)
+    own = (cfg, growing, work.loggers, work.ranks, work.directory.name)
+    evaluation = TextEvaluation(*own, work.beside) if isinstance(work.beside, Locked) else Evaluation(*own)
     first = 0 if point is None else point.segment
     if point is not None and point.step == plan[first].stop:
         first, point = first + 1, None

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 
-from sovit import records
+from sovit import metric, records
 from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
 from sovit.data.stream import FewShotSet, Slices
 from sovit.fewshot import fewshot_errors, summarise, support_indices
 from sovit.flops import forward_gflops
 from sovit.lit.callbacks import Diverged
 from sovit.lit.data import data_fingerprint, fewshot_sets
+from sovit.lit.multitask import Multitask, tokens
 from sovit.lit.ranks import Ranks
 from sovit.models.vit import features
 
@@ -42,8 +43,6 @@ class Evaluation:
     ) -> None:
         self.cfg, self.growing, self.loggers, self.ranks = cfg, growing, loggers, ranks
         self.durations = {0: "init", **eval_steps(cfg)}
-        self.targets = fewshot_sets(cfg, ranks.rank)
-        self.drawn = [_drawn(target, cfg) for target in self.targets]
         shape = shape_of(cfg)
         self.gflops = forward_gflops(shape, **model_geometry(cfg))
         self.fields = {
@@ -54,13 +53,37 @@ class Evaluation:
             "image_size": cfg.model.image_size,
             "seed": cfg.seed,
         }
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make ready what the model is evaluated on. Raises ConfigError."""
+        self.targets = fewshot_sets(self.cfg, self.ranks.rank)
+        self.drawn = [_drawn(target, self.cfg) for target in self.targets]
+        self.multitask = Multitask(self.cfg) if self.cfg.eval.multitask else None
 
     def __call__(self, model: torch.nn.Module, step: int, weights: str) -> None:
         """Raises Diverged if the features are not finite."""
         examples = step * self.cfg.trainer.global_batch_size
         compute = examples * self.gflops
+        about = {
+            **self.fields,
+            "step": step,
+            "examples_seen": examples,
+            "forward_gflops": self.gflops,
+            "t_gflops": compute,
+            "duration": self.durations[step],
+            "weights": weights,
+        }
+        rows, metrics = self.scored(model, step)
+        if self.growing is not None:
+            self.growing.append(records.EVALS, [{**about, **row} for row in rows])
+        for logger in self.loggers:
+            logger.log_metrics({"t_gflops": compute, "examples_seen": examples, **metrics}, step)
+
+    def scored(self, model: torch.nn.Module, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Rows of ``evals.jsonl``, from the data set on, and metrics for the loggers. Raises as a call does."""
         rows: list[dict[str, Any]] = []
-        metrics: dict[str, float] = {"t_gflops": compute, "examples_seen": examples}
+        metrics: dict[str, float] = {}
         for target, (rows_drawn, images_drawn) in zip(self.targets, self.drawn, strict=True):
             support = extract(model, images_drawn, self.ranks)
             train = support.new_zeros(len(target.train_labels), support.shape[1])
@@ -68,26 +91,28 @@ class Evaluation:
                 train[rows_drawn] = support
             test = extract(model, target.test_images, self.ranks)
             found = self.ranks.tell(functools.partial(self._errors_of, target, train, test, step))
-            for row in found:
-                rows.append(
-                    {
-                        **self.fields,
-                        "step": step,
-                        "examples_seen": examples,
-                        "forward_gflops": self.gflops,
-                        "t_gflops": compute,
-                        "duration": self.durations[step],
-                        "weights": weights,
-                        "dataset": target.name,
-                        **dataclasses.asdict(row),
-                    }
-                )
+            rows += [{"dataset": target.name, **dataclasses.asdict(row)} for row in found]
             for summary in summarise(found):
-                metrics[f"eval/{target.name}_{summary.shots}shot/error"] = summary.error
-        if self.growing is not None:
-            self.growing.append(records.EVALS, rows)
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step)
+                metrics[metric.key(target.name, summary.shots)] = summary.error
+        if self.multitask is not None:
+            scores = self._scores(self.multitask, model, step)
+            rows += scores
+            for name in dict.fromkeys(score["dataset"] for score in scores):
+                values = [score["error"] for score in scores if score["dataset"] == name]
+                metrics[metric.key(name, 0)] = sum(values) / len(values)
+        return rows, metrics
+
+    def _scores(self, multitask: Multitask, model: torch.nn.Module, step: int) -> list[dict[str, Any]]:
+        """The rows of a decoder on the model's tokens; the first process trains it, the others wait."""
+        train, test = (extract(model, part, self.ranks, tokens) for part in (multitask.train, multitask.test))
+        device = next(model.parameters()).device
+
+        def scores() -> list[dict[str, Any]]:
+            if not (train.isfinite().all() and test.isfinite().all()):
+                raise Diverged(f"tokens are not finite at step {step}", step)
+            return multitask.scores(train.to(device), test.to(device))
+
+        return self.ranks.tell(scores)
 
     def _errors_of(self, target: FewShotSet, train: torch.Tensor, test: torch.Tensor, step: int) -> list[Any]:
         if not (train.isfinite().all() and test.isfinite().all()):
@@ -104,6 +129,8 @@ class Evaluation:
             "image": (self.cfg.model.image_size, self.cfg.model.channels),
             **{key: value for key, value in vars(self.cfg.eval).items() if key not in ("weights", "ema_horizon")},
         }
+        if self.multitask is not None:
+            depends |= self.multitask.depends(shape_of(self.cfg).patch_size)
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         with suppress(ValueError):
             known = (records.read_object(shared) or {}).get(key)
@@ -116,6 +143,8 @@ class Evaluation:
                 train, test = target.train_images.flatten(1), target.test_images.flatten(1)
                 pixels = {str(row.shots): row.error for row in summarise(self._errors(target, train, test))}
             found[target.name] = {"chance": 1 - 1 / target.num_classes, "pixels": pixels}
+        if self.multitask is not None:
+            found |= self.multitask.baselines(shape_of(self.cfg).patch_size)
         with suppress(OSError):  # two cells at once: the same numbers
             records.write_json(shared, {key: found})
         return found
@@ -146,8 +175,14 @@ def _drawn(target: FewShotSet, cfg: RunConfig) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-def extract(model: torch.nn.Module, images: torch.Tensor | Slices, ranks: Ranks | None = None) -> torch.Tensor:
-    """Pre-logits (N, width) of images (N, channels, size, size), in batches, as float32 on the CPU.
+def extract(
+    model: torch.nn.Module,
+    images: torch.Tensor | Slices,
+    ranks: Ranks | None = None,
+    of: Callable[..., torch.Tensor] = features,
+) -> torch.Tensor:
+    """Pre-logits (N, width) of images (N, channels, size, size), or what ``of(model, images)`` makes of them, in batches,
+    as float32 on the CPU.
 
     ``images`` is a tensor, or anything with a length whose slices are tensors. Every process works on its share, in the
     same number of batches, and the first one gets them all.
@@ -164,5 +199,5 @@ def extract(model: torch.nn.Module, images: torch.Tensor | Slices, ranks: Ranks 
         num = min(size, mine.start + most - start)
         if len(batch) < num:  # a sharded model is computed by all processes together
             batch = torch.cat([batch, batch.new_zeros(num - len(batch), *batch.shape[1:])])
-        parts.append(features(model, batch.to(weights.device, weights.dtype)).float().cpu())  # type: ignore[arg-type]
+        parts.append(of(model, batch.to(weights.device, weights.dtype)).float().cpu())
     return ranks.collect(torch.cat(parts), len(images))

@@ -16,18 +16,23 @@ from lightning.pytorch.loggers import Logger
 
 from sovit import records, schedule
 from sovit.config import RunConfig, model_options, num_hidden, num_outputs, shape_of
+from sovit.families import TEXT
 from sovit.lit import checkpoints
 from sovit.lit.callbacks import Ema, Evaluate, Log, Resume, Watch
+from sovit.lit.contrast import PAIR_LOSSES, LitTower
 from sovit.lit.data import TrainData
 from sovit.lit.evaluation import Evaluation
 from sovit.lit.layout import Layout, on_gpu
+from sovit.lit.locked import Locked, locked_of
 from sovit.lit.loop import StepLoop
 from sovit.lit.module import LOSSES, LitClassifier
+from sovit.lit.pairs import PairData
 from sovit.lit.peak import Peak, peak
 from sovit.lit.progress import step_gflops
 from sovit.lit.ranks import Ranks
 from sovit.lit.strategy import make_strategy, spread
-from sovit.lit.teacher import teacher_of
+from sovit.lit.teacher import Teacher, teacher_of
+from sovit.lit.towers import tower_of
 from sovit.models.families import BUILDERS
 from sovit.objectives import Distilled, Masked, Objective
 from sovit.optim import build_optimizer
@@ -37,7 +42,8 @@ class Work(NamedTuple):
     """What the segments of a run share.
 
     ``growing`` is None but in the first process. The run would have begun at ``clock_zero`` had its processes left no
-    gaps. ``check`` raises if the run is no longer this process's own.
+    gaps. ``check`` raises if the run is no longer this process's own. ``beside``: the trained model that the run needs
+    beside its own, loaded and hashed once a process.
     """
 
     cfg: RunConfig
@@ -49,6 +55,7 @@ class Work(NamedTuple):
     ranks: Ranks
     layout: Layout
     check: Callable[[], None]
+    beside: Teacher | Locked | None = None
 
 
 def fit(
@@ -61,7 +68,7 @@ def fit(
     """Train one segment from a resume point (None: the random initialisation); returns the steps this took."""
     cfg, ranks, segment = work.cfg, work.ranks, work.plan[index]
     pl.seed_everything(cfg.seed, verbose=False)
-    module = build_module(cfg, segment, work.layout, ranks)
+    module = build_module(cfg, segment, work.layout, ranks, work.beside)
     ema = Ema(cfg.eval.ema_horizon) if cfg.eval.weights == "ema" else None
     watch = Watch(segment, above=cfg.optim.diverged_above, scaled=cfg.trainer.precision == "16-mixed", ranks=ranks)
     callbacks = [
@@ -122,7 +129,12 @@ def fit(
         )
         StepLoop(trainer)
         path = work.directory / begin.name if begin else None
-        data = TrainData(cfg, segment.stop, rank=ranks.rank, world=ranks.world)
+        place = {"rank": ranks.rank, "world": ranks.world}
+        data = (
+            PairData(cfg, segment.stop, vocabulary=work.beside.vocabulary, **place)
+            if isinstance(work.beside, Locked)
+            else TrainData(cfg, segment.stop, **place)
+        )
         trainer.fit(module, data, ckpt_path=path, weights_only=True)
     return trainer.global_step - (begin.step if begin else 0)
 
@@ -133,8 +145,20 @@ def device_peak(cfg: RunConfig) -> Peak:
     return peak(device, cfg.trainer.precision)
 
 
-def build_model(cfg: RunConfig) -> torch.nn.Module:
-    """The model a configuration asks for, freshly initialised from torch's global generator."""
+def beside_of(cfg: RunConfig) -> Teacher | Locked | None:
+    """The trained model that a run needs beside its own: a teacher, or a locked image tower. Raises ConfigError."""
+    return locked_of(cfg) or teacher_of(cfg)
+
+
+def build_model(cfg: RunConfig, locked: Locked | None = None) -> torch.nn.Module:
+    """The model a configuration asks for, freshly initialised from torch's global generator.
+
+    A text tower needs to know what it is trained against; it is loaded if it is not given. Raises ConfigError.
+    """
+    if cfg.model.family == TEXT:
+        locked = locked or locked_of(cfg)
+        assert locked is not None
+        return tower_of(cfg, locked.vocabulary, locked.embed_dim)
     return BUILDERS[cfg.model.family](
         shape_of(cfg),
         image_size=cfg.model.image_size,
@@ -148,12 +172,19 @@ def build_model(cfg: RunConfig) -> torch.nn.Module:
     )
 
 
-def build_module(cfg: RunConfig, segment: schedule.Segment, layout: Layout, ranks: Ranks) -> LitClassifier:
-    """The LightningModule of a segment, with a fresh model."""
+def build_module(
+    cfg: RunConfig,
+    segment: schedule.Segment,
+    layout: Layout,
+    ranks: Ranks,
+    beside: Teacher | Locked | None = None,
+) -> LitClassifier:
+    """The LightningModule of a segment, with a fresh model; ``beside``: as of `Work`, loaded if it is not given."""
+    beside = beside or beside_of(cfg)
     optim, parallel = cfg.optim, cfg.parallel
     drawn_elsewhere = parallel.kind == "fsdp" and not ranks.first
     with torch.device("meta") if drawn_elsewhere else contextlib.nullcontext():
-        model = build_model(cfg)
+        model = build_model(cfg, beside if isinstance(beside, Locked) else None)
     if cfg.trainer.precision == "64-true":
         model.double()
     optimizer = functools.partial(
@@ -180,29 +211,40 @@ def build_module(cfg: RunConfig, segment: schedule.Segment, layout: Layout, rank
             cooldown_steps=segment.cooldown_steps,
         )
 
+    prepare = spread(
+        kind=parallel.kind,
+        checkpointing=layout.checkpointing,
+        compiled=layout.compiled,
+        precision=cfg.trainer.precision,
+        shard=parallel.shard,
+        ranks=ranks,
+    )
+    if isinstance(beside, Locked):
+        return LitTower(
+            model,
+            locked=beside,
+            loss=PAIR_LOSSES[optim.loss],
+            optimizer=optimizer,
+            lr_scale=lr_scale,
+            clip_norm=optim.clip_norm,
+            prepare=prepare,
+            micro_batch=layout.micro_batch,
+        )
     return LitClassifier(
         model,
         loss=LOSSES.get(optim.loss),
-        objective=_objective(cfg),
+        objective=_objective(cfg, beside),
         optimizer=optimizer,
         lr_scale=lr_scale,
         clip_norm=optim.clip_norm,
-        prepare=spread(
-            kind=parallel.kind,
-            checkpointing=layout.checkpointing,
-            compiled=layout.compiled,
-            precision=cfg.trainer.precision,
-            shard=parallel.shard,
-            ranks=ranks,
-        ),
+        prepare=prepare,
         micro_batch=layout.micro_batch,
         noise_seed=cfg.seed if cfg.model.drop_path_rate else None,
     )
 
 
-def _objective(cfg: RunConfig) -> Objective | None:
-    """What takes the place of a loss of labels, if anything does. Raises ConfigError for a teacher that does not fit."""
+def _objective(cfg: RunConfig, teacher: Teacher | None) -> Objective | None:
+    """What takes the place of a loss of labels, if anything does."""
     if cfg.optim.loss == "masked":
         return Masked(cfg.seed, num_hidden(cfg), shape_of(cfg).patch_size)
-    teacher = teacher_of(cfg)
     return Distilled(teacher.model, cfg.optim.temperature, teacher.sha256) if teacher else None

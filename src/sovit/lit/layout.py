@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from sovit import memory, records
 from sovit.config import ConfigError, RunConfig, model_geometry, model_options, shape_of
+from sovit.families import TEXT
 from sovit.lit.ranks import Ranks
 from sovit.lit.strategy import shard_size
 from sovit.shape import Shape
@@ -47,6 +48,10 @@ def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
             "with --gpus-per-node, not --gpus-per-task."
         )
     shape, most = shape_of(cfg), _noted(directory, ranks.world)
+    compiled = on_gpu(cfg) if parallel.compile is None else parallel.compile
+    if cfg.model.family == TEXT:
+        kind = parallel.checkpointing if parallel.checkpointing != "auto" else "none"
+        return replace(_unplanned(cfg, batch // ranks.world, most), checkpointing=kind, compiled=compiled)
     if not isinstance(shape, Shape):
         return _unplanned(cfg, batch // ranks.world, most)
     fsdp = parallel.kind == "fsdp"
@@ -69,7 +74,6 @@ def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    compiled = on_gpu(cfg) if parallel.compile is None else parallel.compile
     return Layout(found.micro_batch, found.accumulation, found.checkpointing, compiled, found.memory.total)
 
 

@@ -52,6 +52,8 @@ class LitClassifier(pl.LightningModule):
     every step, so that a resume needs no state of a generator; None if the model draws nothing.
     """
 
+    needs = "optim.teacher"  # the key that names the weights it needs beside its own
+
     def __init__(
         self,
         model: nn.Module,
@@ -125,6 +127,17 @@ class LitClassifier(pl.LightningModule):
         for parameter in self.trained:  # as zero_grad does, which at the tiniest shapes is 2 % of a step
             parameter.grad = None
         images = images.to(self.trained[0].dtype)  # float64, which the trainer leaves to us
+        loss = self.gradients(images, labels, step, backward)
+        scale = self.lr_scale(step)
+        for group, base in zip(optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = base * scale
+        if not isinstance(optimizer, LightningOptimizer):
+            self.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        return loss
+
+    def gradients(self, images: Tensor, labels: Tensor, step: int, backward: Callable[[Tensor], None] | None) -> Tensor:
+        """The loss of a batch, whose gradients the parameters have afterwards."""
         size = self.micro_batch or len(images)
         parts = list(zip(images.split(size), labels.split(size), strict=True)) if size < len(images) else []
         loss = torch.zeros((), device=images.device) if parts else None
@@ -136,12 +149,6 @@ class LitClassifier(pl.LightningModule):
             part = part / len(parts) if parts else part
             part.backward() if backward is None else backward(part)
             loss = part.detach() if loss is None else loss + part.detach()
-        scale = self.lr_scale(step)
-        for group, base in zip(optimizer.param_groups, self._base_lr, strict=True):
-            group["lr"] = base * scale
-        if not isinstance(optimizer, LightningOptimizer):
-            self.on_before_optimizer_step(optimizer)
-        optimizer.step()
         assert loss is not None
         return loss
 
@@ -162,10 +169,11 @@ class LitClassifier(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get(TEACHER, "") != self._teacher():
             raise ConfigError(
-                "optim.teacher has other weights than when this run began; put them back, or choose another name or tag."
+                f"{self.needs} has other weights than when this run began; put them back, or choose another name or tag."
             )
 
     def _teacher(self) -> str:
+        """Which weights the run needs beside its own."""
         return getattr(self.objective, "identity", "")
 
     def on_fit_start(self) -> None:

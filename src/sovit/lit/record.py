@@ -14,16 +14,21 @@ import torch
 
 from sovit import records
 from sovit.config import RunConfig, model_geometry, model_options, num_outputs, shape_of
+from sovit.families import TEXT
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.pay.hardware import hardware
 from sovit.lit.data import data_fingerprint
+from sovit.lit.fit import build_model
 from sovit.lit.layout import on_gpu
-from sovit.lit.teacher import teacher_of
+from sovit.lit.locked import Locked
+from sovit.lit.teacher import Teacher
 
 
-def new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[str, Any]:
-    shape, teacher = shape_of(cfg), teacher_of(cfg)
-    built = model_geometry(cfg) | {"num_classes": num_outputs(cfg)}
+def new_record(
+    cfg: RunConfig, directory: Path, found: dict[str, Any], beside: Teacher | Locked | None = None
+) -> dict[str, Any]:
+    """``found``: what earlier processes recorded; ``beside``: the trained model that this run needs, if it does."""
+    shape = shape_of(cfg)
     noted = (found.get("wall_s"), (records.read_progress(directory) or {}).get("wall_s"))
     return {
         "schema": records.SCHEMA,
@@ -33,19 +38,28 @@ def new_record(cfg: RunConfig, directory: Path, found: dict[str, Any]) -> dict[s
         "reason": None,
         **shape.as_dict(),
         "seed": cfg.seed,
-        "num_params": sum(num_params(shape, **built, **model_options(cfg)).values()),
+        "num_params": _num_params(cfg, beside),
         "forward_gflops": forward_gflops(shape, **model_geometry(cfg)),
         "config_hash": records.config_hash(cfg),
         "code_version": records.code_version(),
         "lock_sha256": records.lock_hash(),
         "data_fingerprint": data_fingerprint(cfg),
-        **({"teacher": teacher.record()} if teacher else {}),
+        **({"teacher": beside.record()} if isinstance(beside, Teacher) else beside.record() if beside else {}),
         "torch_version": torch.__version__,
         "machine": _machine(cfg),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "wall_s": max([0.0, *(seconds for seconds in noted if isinstance(seconds, int | float))]),
         "config": dataclasses.asdict(cfg),
     }
+
+
+def _num_params(cfg: RunConfig, beside: Teacher | Locked | None) -> int:
+    if cfg.model.family == TEXT:  # its table of words is the vocabulary's, its projection the image tower's
+        assert isinstance(beside, Locked)
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in build_model(cfg, beside).parameters())
+    built = model_geometry(cfg) | {"num_classes": num_outputs(cfg)}
+    return sum(num_params(shape_of(cfg), **built, **model_options(cfg)).values())
 
 
 # What decides, beside the configuration, in which order or precision a machine adds: kept to explain two runs that differ.

@@ -22,7 +22,7 @@ from sovit.lit import checkpoints, sharded
 from sovit.lit.ranks import Ranks
 from sovit.models.blocks import checkpoint_blocks, compile_blocks, norms_in_float32
 
-METHODS = ("forward_features", "forward_head")  # of the model, beside forward, that gather weights
+METHODS = ("forward_features", "forward_head", "forward_contrast")  # of models, beside forward, that gather weights
 
 
 def make_strategy(kind: str, ranks: Ranks, check: Callable[[], None]) -> Strategy | str:
@@ -77,7 +77,8 @@ def _shard(model: nn.Module, device: torch.device, precision: str, size: int, ra
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole, options=options)
     for method in METHODS:
-        register_fsdp_forward_method(model, method)
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
 
 
 class Sharded(ModelParallelStrategy):

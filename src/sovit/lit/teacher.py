@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sovit.config import ConfigError, RunConfig
+from sovit.families import TEXT
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,19 @@ class Teacher:
     sha256: str
     forward_gflops: float
 
+    kind = "optim.teacher"
+
     def record(self) -> dict[str, Any]:
-        """What a run's record says of its teacher."""
+        """What a run's record says of it."""
         return {key: value for key, value in vars(self).items() if key != "model"}
+
+    def check(self, found: dict[str, Any], run: str) -> None:
+        """Raise ConfigError unless a run's record tells of the same weights."""
+        known = found.get("teacher") or {}
+        if known and known["sha256"] != self.sha256:
+            raise ConfigError(
+                f"optim.teacher has other weights than when {run} began; put them back, or choose another name."
+            )
 
 
 def teacher_of(cfg: RunConfig) -> Teacher | None:
@@ -40,8 +51,10 @@ def teacher_of(cfg: RunConfig) -> Teacher | None:
     if cfg.optim.loss != "distilled":
         return None
     assert cfg.optim.teacher is not None
-    found = _loaded(Path(cfg.optim.teacher).expanduser())
+    found = loaded(Path(cfg.optim.teacher).expanduser())
     theirs, what = found[1], f"optim.teacher={cfg.optim.teacher}"
+    if theirs.model.family == TEXT:
+        raise ConfigError(f"{what} is a text tower and tells no classes of images apart; give a classifier.")
     if theirs.optim.loss == "masked":
         raise ConfigError(f"{what} was trained with optim.loss=masked and tells no classes apart; give a classifier.")
     for key, mine, other in (
@@ -54,7 +67,8 @@ def teacher_of(cfg: RunConfig) -> Teacher | None:
     return found[0]
 
 
-def _loaded(source: Path) -> tuple[Teacher, RunConfig]:
+def loaded(source: Path) -> tuple[Teacher, RunConfig]:
+    """A trained model to be used as it is, with its configuration. Raises ConfigError."""
     from sovit.config import model_geometry, shape_of
     from sovit.flops import forward_gflops
     from sovit.lit import trained  # which builds models as sovit.lit.fit does, where teachers are asked for

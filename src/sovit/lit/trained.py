@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sovit import records
 from sovit.config import ConfigError, RunConfig, from_mapping, shape_of
+from sovit.families import TEXT
 from sovit.lit import checkpoints, sharded
 from sovit.lit.fit import build_model
+from sovit.lit.locked import Locked, locked_of
 from sovit.shape import AnyShape
 
 
@@ -31,38 +33,52 @@ class Weights:
     step: int
     config: dict[str, Any]
     run_id: str
+    beside: dict[str, Any] = field(default_factory=dict)  # of a text tower: what its record says it was trained against
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode on the CPU with the weights that were asked for, and where they come from."""
+    """A model in evaluation mode on the CPU with the weights that were asked for, and where they come from.
+
+    ``locked``: of a text tower, the image tower and the vocabulary it was trained with.
+    """
 
     model: VisionTransformer | MlpMixer | SwinTransformer
     cfg: RunConfig
     weights: Weights
+    locked: Locked | None = None
 
     @property
     def shape(self) -> AnyShape:
         return shape_of(self.cfg)
 
 
-def load(source: Path, *, average: bool | None = None) -> Trained:
+def load(source: Path, *, average: bool | None = None, images: bool = False) -> Trained:
     """The model of a run's folder (its newest sound resume point), of a resume point, or of an exported .safetensors.
 
     ``average``: True for the averaged weights, False for those trained, None for the averaged ones if there are any.
-    Raises ConfigError.
+    ``images``: refuse a text tower. Raises ConfigError, also for a text tower whose image tower or vocabulary is another
+    now.
     """
     weights = read(source, average=average)
     cfg = from_mapping(weights.config)
+    if images and cfg.model.family == TEXT:
+        raise ConfigError(
+            f"{source} is a text tower (model.family=text), and this is for models of images; sovit eval has task=zeroshot "
+            "and task=retrieval for it."
+        )
+    locked = locked_of(cfg)
+    if locked is not None:
+        locked.check(weights.beside, weights.run_id)
     with torch.device("meta"):
-        model = build_model(cfg)
+        model = build_model(cfg, locked)
     # Fixed positions are a buffer that is in the state, so nothing is left on the meta device.
     try:
         model.load_state_dict(weights.tensors, assign=True)
     except RuntimeError as error:
         wrong = str(error).splitlines()[-1].strip()
         raise ConfigError(f"{source} does not hold the model that its configuration describes: {wrong}") from None
-    return Trained(model.eval().requires_grad_(False), cfg, weights)  # type: ignore[arg-type]
+    return Trained(model.eval().requires_grad_(False), cfg, weights, locked)  # type: ignore[arg-type]
 
 
 def read(source: Path, *, average: bool | None = None) -> Weights:
@@ -74,9 +90,9 @@ def read(source: Path, *, average: bool | None = None) -> Weights:
     if not record:
         raise ConfigError(f"{point} has no {records.RUN} beside it, which says what model it is; keep them together.")
     tensors, kind = tensors_of(content, point, average)
-    return Weights(
-        point, tensors, kind, content["global_step"], records.with_younger(record["config"]), record["run_id"]
-    )
+    beside: dict[str, Any] = {key: record[key] for key in ("encoder", "vocabulary") if key in record}
+    config = records.with_younger(record["config"])
+    return Weights(point, tensors, kind, content["global_step"], config, record["run_id"], beside)
 
 
 def tensors_of(content: dict[str, Any], point: Path, average: bool | None) -> tuple[dict[str, torch.Tensor], str]:

@@ -66,7 +66,7 @@ def export(
         return _checkpoint(source, out, about)
     if kind.endswith("onnx"):
         onnx_file.check()
-    model = trained.load(source, average=average)
+    model = trained.load(source, average=average, images=True)
     if kind in _CHECKS:
         _CHECKS[kind](model.cfg)
     about = about or About()

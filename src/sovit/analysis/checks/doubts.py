@@ -23,13 +23,14 @@ from sovit.analysis.checks.rivals import EQ2, Rival, compare
 from sovit.analysis.checks.stability import Change, Influence, influence, nearest_sizes, two_stars, without_center
 from sovit.analysis.intervals import RunFit, fit_with_runs
 from sovit.analysis.points import DIMENSIONS, AnyDimensions, Dimensions, HasShape, Point, dimensions, plain
-from sovit.analysis.star import HEADLINE, find_center
+from sovit.analysis.scale import ERROR, Scale
+from sovit.analysis.star import find_center
+from sovit.metric import LOG_PERPLEXITY, MULTITASK, Metric, kind_of, label
 
 SCHEMA = 1
 ALPHA = 0.05
 QUIET, DOUBT, UNTESTED = "no sign", "doubt", "untested"
 COLUMNS = 110
-Metric = tuple[str, int]  # data set, shots
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,19 @@ class Finding:
     text: str
 
 
-def star_arms(points: Sequence[Point], center: HasShape | None = None) -> dict[str, list[Point]]:
+def star_arms(points: Sequence[Point], center: HasShape | None = None, scale: Scale = ERROR) -> dict[str, list[Point]]:
     """The points of each arm that a star's headline fit uses: the center held out, nothing above the cut-off.
 
     Raises ValueError if the points are no star.
     """
     middle = dimensions(center) if center is not None else find_center(points)
-    reasons = diagnostics.unusable(points)
+    reasons = diagnostics.unusable(points, scale)
     arms: dict[str, list[Point]] = {name: [] for name in middle._fields}
     for point in points:
         different = dimensions(point).differs(middle)
         if len(different) > 1:
             raise ValueError(f"{dimensions(point)} is not on an arm around {middle}; check the points of one star.")
-        if different and (point.run_id, point.duration) not in reasons and point.error <= HEADLINE:
+        if different and (point.run_id, point.duration) not in reasons and point.error <= scale.headline:
             arms[different[0]].append(point)
     return {name: group for name, group in arms.items() if group}
 
@@ -69,17 +70,20 @@ def check_star(
     metric: Metric = ("", 0),
     by_metric: Mapping[Metric, Sequence[Point]] | None = None,
     others: Mapping[str, Sequence[Point]] | None = None,
+    scales: Mapping[Metric, Scale] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Every check of a star, JSON-ready: {"schema", "kind", "rows", "num_tests", "num_doubts", ...details by arm}.
 
     ``metric``: data set and shots of ``points``; ``by_metric``: the same runs by other metrics (that of ``points`` may be
-    among them); ``others``: points of other stars, by name. ``draws``: sweeps simulated for a p-value. Raises ValueError
-    if the points are no star.
+    among them); ``others``: points of other stars, by name; ``scales``: of metrics that are no errors.
+    ``draws``: sweeps simulated for a p-value. Raises ValueError if the points are no star.
     """
     middle = dimensions(center) if center is not None else find_center(points)
-    arms = star_arms(points, middle)
+    scales = scales or {}
+    scale = scales.get(metric, ERROR)
+    arms = star_arms(points, middle, scale)
     fits = {name: _fit(name, group) for name, group in arms.items()}
     fewer = max(1, draws * 2 // 5)
     rows: list[Finding] = []
@@ -96,10 +100,10 @@ def check_star(
     add("quasiconvex", star_bumps(arms, draws=draws, seed=seed), _quasiconvex)
     add("center", each(partial(_without_center, middle=middle, draws=draws, seed=seed)), _center)
     for other, theirs in (others or {}).items():
-        their_arms = star_arms(theirs, _center_of(theirs, middle))
+        their_arms = star_arms(theirs, _center_of(theirs, middle), scale)
         add(f"star {other}", each(partial(_other_star, arms=their_arms)), partial(_star, other))
     for what, labels in _metric_groups(metric, by_metric or {}).items():
-        chosen = {label: (by_metric or {})[key] for label, key in labels.items()}
+        chosen = {label: _usable((by_metric or {})[key], scales.get(key, ERROR)) for label, key in labels.items()}
         add(what, each(partial(_across, by_metric=chosen, draws=draws, seed=seed)), partial(_metrics, what))
     add("held out", each(lambda name, group, _: held_out(group, name, draws=fewer, seed=seed)), _held_out)
     details["held out, by share"] = each(
@@ -110,10 +114,12 @@ def check_star(
     return _result("star", rows, details)
 
 
-def check_grid(points: Sequence[Point], *, draws: int = 400, seed: int = 0) -> dict[str, Any]:
+def check_grid(points: Sequence[Point], *, scale: Scale = ERROR, draws: int = 400, seed: int = 0) -> dict[str, Any]:
     """The check a grid allows, quasiconvexity of pairs of dimensions; as `check_star`."""
-    reasons = diagnostics.unusable(points)
-    used = [point for point in points if (point.run_id, point.duration) not in reasons and point.error <= HEADLINE]
+    reasons = diagnostics.unusable(points, scale)
+    used = [
+        point for point in points if (point.run_id, point.duration) not in reasons and point.error <= scale.headline
+    ]
     bumps = grid_bumps(used, draws=draws, seed=seed)
     rows: list[Finding] = []
     for name, found in bumps.items():
@@ -177,19 +183,31 @@ def _other_star(name: str, _: Sequence[Point], fit: RunFit, *, arms: Mapping[str
 
 
 def _metric_groups(metric: Metric, known: Mapping[Metric, Any]) -> dict[str, dict[str, Metric]]:
-    """What is compared -> label -> metric: the shots of the headline's data set, and data sets at its shots."""
+    """What is compared -> label -> metric: the shots of the headline's data set, and data sets at its shots; beside an
+    error the multitask decoder's log-perplexity, and of that its tasks."""
     dataset, shots = metric
+    if kind_of(*metric) == LOG_PERPLEXITY:
+        tasks = {key[0].partition(".")[2]: key for key in sorted(known) if kind_of(*key) == LOG_PERPLEXITY}
+        return {"tasks": {task: key for task, key in tasks.items() if task}} if len(tasks) > 2 else {}
+    errors = [key for key in sorted(known) if kind_of(*key) != LOG_PERPLEXITY]
     groups = {
-        "shots": {f"{key[1]}-shot": key for key in sorted(known) if key[0] == dataset},
-        "data sets": {key[0]: key for key in sorted(known) if key[1] == shots},
+        "shots": {f"{key[1]}-shot": key for key in errors if key[0] == dataset},
+        "data sets": {key[0]: key for key in errors if key[1] == shots},
+        "domains": {label(*key): key for key in (metric, (MULTITASK, 0)) if key in known},
     }
     return {what: labels for what, labels in groups.items() if len(labels) > 1}
 
 
+def _usable(points: Sequence[Point], scale: Scale) -> list[Point]:
+    """The points that can be fitted by their metric."""
+    reasons = diagnostics.unusable(points, scale)
+    return [point for point in points if (point.run_id, point.duration) not in reasons]
+
+
 def _same(group: Sequence[Point], points: Sequence[Point]) -> list[Point]:
-    """The runs and durations of a group by another metric, as far as that can be fitted."""
-    keys, reasons = {(point.run_id, point.duration) for point in group}, diagnostics.unusable(points)
-    return [point for point in points if (point.run_id, point.duration) in keys - set(reasons)]
+    """The runs and durations of a group by another metric."""
+    keys = {(point.run_id, point.duration) for point in group}
+    return [point for point in points if (point.run_id, point.duration) in keys]
 
 
 # Each check's row. The words say what was seen and what would have been.

@@ -244,7 +244,7 @@ def optimum_at(target: float, x: Array, t: Array) -> Function:
         alpha, beta = coefficients[:, 0], coefficients[:, 1]
         with np.errstate(divide="ignore", invalid="ignore"):
             best = (np.log(alpha * a) - np.log(beta * b) + c * log_t) / (a + b)
-        return np.where((alpha > 0) & (beta > 0), best, np.nan)
+        return np.where((alpha > 0) & (beta > 0), best + math.log(units[0]), np.nan)
 
     return Function(
         lambda law: math.log(float(law.optimum(target))), lambda law: optimum_gradient(law, target, units), of_fits

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.stats import t as t_distribution
 
 from sovit.analysis import diagnostics as check
-from sovit.analysis.checks.stability import log_exponents, response, subset_noise
+from sovit.analysis.checks.stability import EXPONENT, Function, response, subset_noise
 from sovit.analysis.fit import law_logs
 from sovit.analysis.intervals import Interval, RunFit, exponent_interval, fit_with_runs, jackknife_runs
-from sovit.analysis.planning.information import exponent_gradient
+from sovit.analysis.law import Law
 from sovit.analysis.points import Point
 from sovit.analysis.varpro import refit
 
@@ -69,33 +69,17 @@ def across_metrics(
     metrics as their residuals are, fitted and jackknifed as the data were (by the law linearised at its fit where all
     standard errors are small).
     """
-    chosen = {label: list(points) for label, points in by_metric.items()}
-    left_out: list[tuple[str, str]] = []
-    fits: dict[str, tuple[RunFit, Interval, Array]] = {}
-    while len(chosen) > 1:
-        keys = set.intersection(*({(p.run_id, p.duration) for p in points} for points in chosen.values()))
-        same = {
-            label: sorted((p for p in points if (p.run_id, p.duration) in keys), key=lambda p: (p.run_id, p.t_gflops))
-            for label, points in chosen.items()
-        }
-        found = {label: _one_metric(name, points) for label, points in same.items()}
-        failed = {label: why for label, why in found.items() if isinstance(why, str)}
-        if not failed:
-            fits = {label: fit for label, fit in found.items() if not isinstance(fit, str)}
-            break
-        left_out += failed.items()
-        chosen = {label: points for label, points in chosen.items() if label not in failed}
-    if not fits:
-        why = "; ".join(f"{label}: {reason}" for label, reason in left_out)
-        return f"fewer than two metrics determine the exponent{f' ({why})' if why else ''}"
-    whole = [fit for fit, *_ in fits.values()]
+    common = fits_in_common(name, by_metric)
+    if isinstance(common, str):
+        return common
+    whole = [one.fit for one in common.fits.values()]
     theta = np.log([fit.fit.law.exponent for fit in whole])
-    without = np.array([values for *_, values in fits.values()])
+    without = np.log([[law.exponent for law in one.without] for one in common.fits.values()])
     cov, share, q, expected = (value[..., 0] for value in _cochran(theta[:, None], without[:, :, None]))
-    x, t, *_ = check.vectors(name, next(iter(same.values())))
-    null = _metrics_by_chance(x, t, whole, draws, seed)
-    if null is None:
+    drawn = moves_by_chance(common, draws, seed)
+    if drawn is None:
         return "without one of the runs the data do not determine the exponent"
+    null = _excess(*_cochran(drawn[0][0], drawn[1][0])[2:])
     p = float((1 + np.sum(null >= _excess(q, expected))) / (1 + len(null)))
     mean = float(share @ theta)
     half = float(t_distribution.ppf(0.975, whole[0].num_runs - 1)) * math.sqrt(max(float(share @ cov @ share), 0.0))
@@ -105,8 +89,8 @@ def across_metrics(
     spread = np.sqrt(np.maximum(np.diag(off_mean @ cov @ off_mean.T), 0.0))
     least = scale * np.sqrt(limit / np.maximum(1 - share, 1e-9)) + 0.84 * spread
     rows = tuple(
-        {"label": label, "estimate": found.estimate, "lo": found.lo, "hi": found.hi, "weight": float(weight)}
-        for (label, (_, found, _)), weight in zip(fits.items(), share, strict=True)
+        {"label": label, "estimate": one.s.estimate, "lo": one.s.lo, "hi": one.s.hi, "weight": float(weight)}
+        for (label, one), weight in zip(common.fits.items(), share, strict=True)
     )
     return Forest(
         rows=rows,
@@ -118,13 +102,57 @@ def across_metrics(
         correlation=float((cov / np.outer(scale, scale))[np.triu_indices(len(theta), 1)].mean()),
         detectable=math.exp(min(float(least.max()), 99.0)),
         num_runs=whole[0].num_runs,
-        num_points=len(x),
-        left_out=tuple(left_out),
+        num_points=len(common.x),
+        left_out=common.left_out,
     )
 
 
-def _one_metric(name: str, points: Sequence[Point]) -> tuple[RunFit, Interval, Array] | str:
-    """(fit, interval, log exponent without each run), or why this metric has none."""
+@dataclass(frozen=True)
+class MetricFit:
+    """One metric's fit, its exponent, and the laws without each run in turn."""
+
+    fit: RunFit
+    s: Interval
+    without: tuple[Law, ...]
+
+
+@dataclass(frozen=True)
+class Common:
+    """Fits of several metrics to the same evaluations, at sizes x (n,) and compute t (n,); ``left_out``: (label, why)."""
+
+    x: Array
+    t: Array
+    fits: dict[str, MetricFit]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def fits_in_common(name: str, by_metric: Mapping[str, Sequence[Point]]) -> Common | str:
+    """Fit one dimension by every metric (label -> points of the arm) to the (run, duration) pairs that all of them have.
+
+    Metrics that do not determine the exponent are left out; fewer than two are the reason why there is nothing.
+    """
+    chosen = {label: list(points) for label, points in by_metric.items()}
+    left_out: list[tuple[str, str]] = []
+    while len(chosen) > 1:
+        keys = set.intersection(*({(p.run_id, p.duration) for p in points} for points in chosen.values()))
+        same = {
+            label: sorted((p for p in points if (p.run_id, p.duration) in keys), key=lambda p: (p.run_id, p.t_gflops))
+            for label, points in chosen.items()
+        }
+        found = {label: _one_metric(name, points) for label, points in same.items()}
+        failed = {label: why for label, why in found.items() if isinstance(why, str)}
+        if not failed:
+            x, t, *_ = check.vectors(name, next(iter(same.values())))
+            fits = {label: fit for label, fit in found.items() if not isinstance(fit, str)}
+            return Common(x, t, fits, tuple(left_out))
+        left_out += failed.items()
+        chosen = {label: points for label, points in chosen.items() if label not in failed}
+    why = "; ".join(f"{label}: {reason}" for label, reason in left_out)
+    return f"fewer than two metrics determine the exponent{f' ({why})' if why else ''}"
+
+
+def _one_metric(name: str, points: Sequence[Point]) -> MetricFit | str:
+    """The fit with an interval and a jackknife, or why this metric has none."""
     if why := check.too_few(name, points):
         return why
     x, t, error, run = check.vectors(name, points)
@@ -144,7 +172,7 @@ def _one_metric(name: str, points: Sequence[Point]) -> tuple[RunFit, Interval, A
     found = jackknife_runs(x, t, error, run, whole)
     if found is None:
         return "a fit without one of the runs has too few points or sizes"
-    return whole, interval, np.log(found.without)
+    return MetricFit(whole, interval, found.laws)
 
 
 def _cochran(theta: Array, without: Array) -> tuple[Array, Array, Array, Array]:
@@ -161,9 +189,15 @@ def _cochran(theta: Array, without: Array) -> tuple[Array, Array, Array, Array]:
     return cov, share, q, expected
 
 
-def _metrics_by_chance(x: Array, t: Array, whole: Sequence[RunFit], draws: int, seed: int) -> Array | None:
-    """Q over its expected value in draws whose exponents differ by noise alone; None if fits without one of the runs
-    mostly do not determine their exponents."""
+def moves_by_chance(
+    common: Common, draws: int, seed: int, of: Sequence[Function] = (EXPONENT,)
+) -> tuple[Array, Array] | None:
+    """How far functions of the law move by noise alone: (F, K, B) for F functions and K metrics, and (F, K, G, B) without
+    each run, in draws of each metric's own sigma and tau, correlated between metrics as their residuals are.
+
+    None if fits without one of the runs mostly do not determine them.
+    """
+    x, t, whole = common.x, common.t, [one.fit for one in common.fits.values()]
     rng = np.random.default_rng(seed)
     refits = max(fit.log_se for fit in whole) > _LINEAR
     draws = min(draws, REFIT_DRAWS) if refits else draws
@@ -173,32 +207,32 @@ def _metrics_by_chance(x: Array, t: Array, whole: Sequence[RunFit], draws: int, 
     together, alone = np.corrcoef(offsets), np.corrcoef(residuals - offsets[:, run])
     shared = rng.multivariate_normal(np.zeros(len(whole)), together, (draws, num_runs), method="eigh")
     single = rng.multivariate_normal(np.zeros(len(whole)), alone, (draws, len(run)), method="eigh")
-    theta, without = np.empty((len(whole), draws)), np.empty((len(whole), num_runs, draws))
+    every, without = np.empty((len(of), len(whole), draws)), np.empty((len(of), len(whole), num_runs, draws))
+    moved = _refitted if refits else _linearised
     for k, fit in enumerate(whole):
         noise = fit.tau * shared[:, run, k] + fit.sigma * fit.noise.scale * single[:, :, k]
-        moved = _refitted if refits else _linearised
-        theta[k] = moved(x, t, fit, noise, np.ones(len(run), bool))
+        every[:, k] = moved(x, t, fit, noise, np.ones(len(run), bool), of)
         for one in range(num_runs):
-            without[k, one] = moved(x, t, fit, noise, run != one)
-    good = np.isfinite(theta).all(0) & np.isfinite(without).all((0, 1))
-    if good.sum() < draws / 2:
-        return None
-    _, _, q, expected = _cochran(theta[:, good], without[:, :, good])
-    return _excess(q, expected)
+            without[:, k, one] = moved(x, t, fit, noise, run != one, of)
+    good = np.isfinite(every).all((0, 1)) & np.isfinite(without).all((0, 1, 2))
+    return None if good.sum() < draws / 2 else (every[..., good], without[..., good])
 
 
-def _linearised(x: Array, t: Array, fit: RunFit, noise: Array, keep: NDArray[np.bool_]) -> Array:
-    """Change (B,) of log s by noise (B, n) in the points kept, to first order; nan if they do not determine it."""
-    rows = response(fit.fit.jacobian[keep], subset_noise(fit.noise, keep), exponent_gradient(fit.fit.law))
-    return np.full(len(noise), np.nan) if rows is None else noise[:, keep] @ rows[0]
+def _linearised(
+    x: Array, t: Array, fit: RunFit, noise: Array, keep: NDArray[np.bool_], of: Sequence[Function]
+) -> Array:
+    """Change (F, B) of functions by noise (B, n) in the points kept, to first order; nan if they do not determine them."""
+    gradients = np.array([one.gradient(fit.fit.law) for one in of])
+    rows = response(fit.fit.jacobian[keep], subset_noise(fit.noise, keep), gradients)
+    return np.full((len(of), len(noise)), np.nan) if rows is None else rows @ noise[:, keep].T
 
 
-def _refitted(x: Array, t: Array, fit: RunFit, noise: Array, keep: NDArray[np.bool_]) -> Array:
-    """Change (B,) of log s by noise (B, n) in the points kept; nan for a law without an optimum."""
+def _refitted(x: Array, t: Array, fit: RunFit, noise: Array, keep: NDArray[np.bool_], of: Sequence[Function]) -> Array:
+    """Change (F, B) of functions by noise (B, n) in the points kept; nan for a law without an optimum."""
     log_x, log_t = np.log(x) - np.log(x).mean(), np.log(t) - np.log(t).mean()
     data = (np.log(fit.fit.law.error(x, t)) + noise)[:, keep].copy()
     found = refit(law_logs(log_x, log_t)[:, :, keep], data, subset_noise(fit.noise, keep), fit.fit.exponents)
-    return log_exponents(*found[1:]) - math.log(fit.fit.law.exponent)
+    return np.array([one.of_fits(*found[1:]) - one.of_law(fit.fit.law) for one in of])
 
 
 def _excess(q: Array, expected: Array) -> Array:

@@ -33,6 +33,7 @@ from sovit.analysis.intervals import Interval, fit_with_runs, index_runs
 from sovit.analysis.law import Law
 from sovit.analysis.planning.information import Spread, exponent_gradient, information, optimum_gradient, variance
 from sovit.analysis.points import DIMENSIONS, Dimensions, Exclusion, HasShape, Point, dimensions, plain
+from sovit.analysis.scale import ERROR, Scale
 
 SCHEMA = 1
 _STRAIGHT = 0.97  # share of the shapes' log variance along their line; rounding takes below 1%, a bend more
@@ -179,8 +180,9 @@ def fit_diagonal(
     shots: int = 0,
     exclusions: Sequence[Exclusion] = (),
     level: float = 0.95,
-    cutoffs: Sequence[float] = star.CUTOFFS,
-    headline: float = star.HEADLINE,
+    scale: Scale = ERROR,
+    cutoffs: Sequence[float] | None = None,
+    headline: float | None = None,
     weights: str = "equal",
 ) -> DiagonalFit:
     """Fit the step along a diagonal.
@@ -197,9 +199,11 @@ def fit_diagonal(
         along, source = _checked(direction), "given"
     start = dimensions(origin) if origin is not None else min(dimensions(point) for point in points)
     scaled = [ScaledPoint(**_fields(point), g=place(point, along, start)) for point in points]
-    reasons = check.unusable(scaled)
+    cutoffs = scale.cutoffs if cutoffs is None else cutoffs
+    headline = scale.headline if headline is None else headline
+    reasons = check.unusable(scaled, scale)
     usable = [point for point in scaled if (point.run_id, point.duration) not in reasons]
-    arm = star.fit_arm("g", usable, [], sorted(cutoffs, reverse=True), headline, level, weights)
+    arm = star.fit_arm("g", usable, [], sorted(cutoffs, reverse=True), headline, level, weights, value=scale.name)
     used = [point for point in usable if point.error <= headline]
     warnings = [*arm.warnings, *_mismatch(along, deduced)]
     if exclusions:
@@ -208,7 +212,7 @@ def fit_diagonal(
     for point in scaled:
         why_not = reasons.get((point.run_id, point.duration))
         if why_not is None and point.error > headline:
-            why_not = f"error {point.error:.3g} is above the cut-off {headline:g}"
+            why_not = f"{scale.name} {point.error:.3g} is above the cut-off {headline:g}"
         rows.append(plain(point) | {"arm": "g", "used": why_not is None, "why_not": why_not})
     return DiagonalFit(
         sweep=sweep,

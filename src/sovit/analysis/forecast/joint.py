@@ -32,7 +32,7 @@ from sovit.analysis.forecast.flops_fit import Estimate, FlopsFit, fit_flops, wal
 from sovit.analysis.forecast.flops_law import PLAIN, FlopsLaw, Form, Geometry
 from sovit.analysis.intervals import Interval
 from sovit.analysis.points import DIMENSIONS, Exclusion, Point, dimensions, plain, recipe
-from sovit.analysis.star import HEADLINE
+from sovit.analysis.scale import ERROR, Scale
 
 SCHEMA = 1
 BUDGETS = (1.0, 10.0, 100.0, 1000.0)  # times the largest measured compute
@@ -97,14 +97,16 @@ def fit_joint(
     level: float = 0.95,
     nearness: Sequence[float] = NEARNESS,
     near: float = NEAR,
-    max_error: float = HEADLINE,
+    scale: Scale = ERROR,
+    max_error: float | None = None,
     weights: str = "equal",
 ) -> JointFit:
     """Fit the law to the points of several sweeps (name -> points), stars, grids and diagonals alike.
 
     Two runs of one shape and seed are one run: the same recipe trains them alike, so the second says nothing new.
-    A point is fitted if its error is at most ``max_error`` and within the factor ``near``, one of ``nearness``, of the
-    least error measured with no more compute. ``weights``, ``level``: as of `star.fit_star`.
+    A point is fitted if its error is at most ``max_error`` (that of ``scale`` if not given) and within the factor
+    ``near``, one of ``nearness``, of the least error measured with no more compute. ``weights``, ``level``: as of
+    `star.fit_star`.
     A star's center is a point like any other. Raises ValueError if the points cannot be fitted, or an argument has no
     meaning.
     """
@@ -114,17 +116,18 @@ def fit_joint(
         raise ValueError(f"weights={weights!r} is not known; write 'equal' or 'stderr'.")
     if near not in nearness:
         raise ValueError(f"near={near} is not among the factors {tuple(nearness)}; add it.")
+    max_error = scale.headline if max_error is None else max_error
     rows, usable = [], []
     seen: dict[tuple[Any, ...], str] = {}
     for name, points in sweeps.items():
-        reasons = check.unusable(points)
+        reasons = check.unusable(points, scale)
         for point in points:
             why_not = reasons.get((point.run_id, point.duration))
             first = seen.setdefault((*_same_run(point), round(math.log(point.t_gflops), 9)), name)
             if why_not is None and first != name:
                 why_not = f"the same shape and seed was measured in {first}"
             if why_not is None and point.error > max_error:
-                why_not = f"error {point.error:.3g} is above the cut-off {max_error:g}"
+                why_not = f"{scale.name} {point.error:.3g} is above the cut-off {max_error:g}"
             usable += [point] if why_not is None else []
             rows.append(plain(point) | {"sweep": name, "used": why_not is None, "why_not": why_not})
     far = excess([point.t_gflops for point in usable], [point.error for point in usable])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sovit.analysis.report.summary import baselines_in_words, left_out
-from sovit.analysis.report.words import arms_of_star, counted, interval, number, percent
+from sovit.analysis.report.words import arms_of_star, counted, interval, number, percent, value_of
 
 NOT_RECORDED = "not recorded"
 
@@ -150,6 +150,8 @@ def _training(runs: Sequence[dict[str, Any]]) -> dict[str, str | None]:
 
 
 def _metric(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, str | None]:
+    if value_of(fit) == "log-perplexity":
+        return _of_decoder(fit, runs)
     metric = fit.get("metric") or {}
     rows = [
         row
@@ -175,7 +177,7 @@ def _metric(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, st
     return {
         "data set": str(metric["dataset"]) if metric.get("dataset") else None,
         "split": f"{heldout} categories that training never sees" if own and heldout else None,
-        "shots": str(metric["shots"]) if metric.get("shots") else None,
+        "shots": str(metric["shots"]) if metric.get("shots") is not None else None,
         "draws of the support": ", ".join(map(str, draws)) or None,
         "l2": f"{how}, {number(min(ridges))} to {number(max(ridges))}" if how and ridges else how,
         "layer": f"features after the pool ({pool}), before the classifier" if pool else None,
@@ -183,6 +185,34 @@ def _metric(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, st
         "test images": floor,
         "to beat": baselines_in_words(fit, runs) or None,
     }
+
+
+def _of_decoder(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, str | None]:
+    """The metric, where it is the log-perplexity of a decoder on frozen tokens."""
+
+    def said(key: str, words: str) -> str | None:
+        found = _agreed(runs, f"eval.{key}")
+        return f"{found} {words}" if found else None
+
+    size = [said("decoder_depth", "blocks"), said("decoder_width", "wide")]
+    steps = [said("decoder_steps", "steps"), said("decoder_batch_size", "texts each"), said("decoder_lr", "peak rate")]
+    decoder = ", ".join(part for part in (*size, *steps) if part)
+    return {
+        "data set": str((fit.get("metric") or {}).get("dataset")),
+        "unit": "nats per token of the answers, the unweighted mean over the tasks",
+        "decoder": decoder or None,
+        "decoders a value": said("decoder_draws", "of different seeds"),
+        "trained on": said("train_scenes", "embedded scenes with captions and questions"),
+        "tested on": said("test_scenes", "others; the standard error counts images"),
+        "layer": "tokens after the last norm, not pooled, frozen",
+        "resolution": _sizes(runs),
+        "to beat": baselines_in_words(fit, runs) or None,
+    }
+
+
+def _sizes(runs: Sequence[dict[str, Any]]) -> str | None:
+    found = _agreed(runs, "model.image_size")
+    return f"{found} pixels a side" if found else None
 
 
 def _uncertainty(fit: dict[str, Any]) -> dict[str, str | None]:

@@ -25,7 +25,7 @@ from sovit.analysis.report.document import (
     section,
     table,
 )
-from sovit.analysis.report.words import arms_of_star, counted, listed, number, shape
+from sovit.analysis.report.words import arms_of_star, counted, listed, number, shape, value_of
 from sovit.families import FAMILIES
 
 
@@ -96,9 +96,9 @@ def _headline(fit: dict[str, Any]) -> Table | None:
     others, every = ("two", "three") if len(arms_of_star(fit)) == 3 else ("three", "four")
     caption = (
         f"At 10x compute: by how much the best size grows, the other {others} held; no recipe for growing all {every} at "
-        "once. Over cut-offs: the lowest and highest s when only errors below other limits are fitted. Parabola slope: the "
+        "once. Over cut-offs: the lowest and highest s when only values below other limits are fitted. Parabola slope: the "
         "same exponent without the law, from a parabola through each slice of equal compute. Minima inside: at how many "
-        "computes the lowest error is not at an end of the arm; an exponent needs half of them inside."
+        f"computes the lowest {value_of(fit)} is not at an end of the arm; an exponent needs half of them inside."
     )
     return table("exponents", columns, rows, caption, stacks=True)
 
@@ -122,7 +122,7 @@ def _figures(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Sectio
     arms = [arm for arm in names if any(point["arm"] == arm for point in fit.get("points") or [])]
     if not arms:
         return []
-    known = summary.baselines_in_words(fit, runs)
+    known, value = summary.baselines_in_words(fit, runs), value_of(fit)
     with_minima = [arm for arm in arms if fit["arms"][arm].get("minima")]
     with_law = [arm for arm in arms if fit["arms"][arm].get("law") and fit["arms"][arm]["num_points"]]
     levels = figures.slices(fit)
@@ -130,7 +130,7 @@ def _figures(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Sectio
     slices = Figure(
         "slices",
         "Each colour is one compute t. Points are runs with the standard error of their test set, lines the fitted law "
-        "(dotted where its error lies above the cut-off, where it was not fitted). Look for a U in every colour whose "
+        f"(dotted where its {value} lies above the cut-off, where it was not fitted). Look for a U in every colour whose "
         "bottom moves to the right as compute grows.",
         tuple((f"slices-{arm}", _slices_label(fit, arm)) for arm in arms),
         (
@@ -146,7 +146,8 @@ def _figures(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Sectio
         "shows as lines that cross, small sizes leading at first and falling behind later."
         + (f" Dotted: {known}." if known else ""),
         tuple(
-            (f"compute-{arm}", f"Error against compute, one line for each run of the {names[arm]} arm.") for arm in arms
+            (f"compute-{arm}", f"{value.capitalize()} against compute, one line for each run of the {names[arm]} arm.")
+            for arm in arms
         ),
     )
     optimum = Figure(
@@ -157,7 +158,8 @@ def _figures(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Sectio
         tuple((f"optimum-{arm}", _optimum_label(fit, arm)) for arm in with_minima),
         (
             ("accent", f"{sections.LINE} law's optimum"), ("accent", f"{sections.BAND} {summary.level(fit)} band"),
-            ("ink", f"{sections.DOT} lowest error, inside the arm"), ("ink", f"{sections.RING} lowest error, at an edge"),
+            ("ink", f"{sections.DOT} lowest {value}, inside the arm"),
+            ("ink", f"{sections.RING} lowest {value}, at an edge"),
             ("blue", f"{sections.DIAMOND} parabola's minimum"),
         ),
     )  # fmt: skip
@@ -169,8 +171,8 @@ def _figures(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Sectio
         marks,
     )
     parts = [
-        section("slices", "Error against each dimension", slices),
-        section("compute", "Error against compute", compute),
+        section("slices", f"{value.capitalize()} against each dimension", slices),
+        section("compute", f"{value.capitalize()} against compute", compute),
     ]
     if with_minima:
         parts.append(section("optimum", "The optimum against compute", optimum))
@@ -183,10 +185,13 @@ def _slices_label(fit: dict[str, Any], arm: str) -> str:
     minima = fit["arms"][arm].get("minima") or []
     levels = figures.slices(fit)
     ends = f"{number(levels[0])} to {number(levels[-1])} GFLOPs"
-    said = f"Error against {arms_of_star(fit)[arm]} at {counted(len(levels), 'compute')}, {ends}."
+    value = value_of(fit)
+    said = f"{value.capitalize()} against {arms_of_star(fit)[arm]} at {counted(len(levels), 'compute')}, {ends}."
     if minima:
         ordered = sorted(minima, key=lambda minimum: minimum["t_gflops"])
-        said += f" The lowest error is at {listed([str(minimum['x']) for minimum in ordered])}, by increasing compute."
+        said += (
+            f" The lowest {value} is at {listed([str(minimum['x']) for minimum in ordered])}, by increasing compute."
+        )
     return said
 
 
@@ -194,6 +199,10 @@ def _optimum_label(fit: dict[str, Any], arm: str) -> str:
     best = [m["law_x"] for m in sorted(fit["arms"][arm]["minima"], key=lambda m: m["t_gflops"]) if m.get("law_x")]
     said = f": the law's optimum goes from {number(best[0])} to {number(best[-1])}" if best else ""
     return f"Best {arms_of_star(fit)[arm]} against compute{said}."
+
+
+def _plural(fit: dict[str, Any]) -> str:
+    return "the errors" if value_of(fit) == "error" else "the log-perplexities"
 
 
 def _center(fit: dict[str, Any]) -> Section:
@@ -222,7 +231,7 @@ def _center(fit: dict[str, Any]) -> Section:
         "say that the center is a better or worse run than its neighbours; grey is what its test images leave open.",
         (("center", "Relative miss of each arm's prediction for the held-out center, against compute."),),
     )
-    caption = "In brackets how far the prediction is off. Fitted there: whether the error is below the cut-off."
+    caption = "In brackets how far the prediction is off. Fitted there: whether it is below the cut-off."
     return section("center", "The held-out center", drawn, table("center", columns, cells, caption))
 
 
@@ -230,8 +239,8 @@ def _minima(fit: dict[str, Any]) -> Section:
     columns = (
         Column("dimension", "dimension"),
         Column("t_gflops", "t, GFLOPs", True),
-        Column("x", "lowest error at", True),
-        Column("error", "error", True),
+        Column("x", f"lowest {value_of(fit)} at", True),
+        Column("error", value_of(fit), True),
         Column("interior", "inside the arm"),
         Column("parabola_x", "parabola's minimum", True),
         Column("law_x", "law's optimum", True),
@@ -242,4 +251,4 @@ def _minima(fit: dict[str, Any]) -> Section:
         for minimum in sorted((fit["arms"].get(arm) or {}).get("minima") or [], key=lambda one: one["t_gflops"])
     ]
     folded = counted(len(rows), "minimum").replace("minimums", "minima") if len(rows) > 24 else ""
-    return section("minima", "Where the errors are lowest", table("minima", columns, rows, folded=folded))
+    return section("minima", f"Where {_plural(fit)} are lowest", table("minima", columns, rows, folded=folded))

@@ -22,6 +22,7 @@ from sovit.analysis.report.document import (
     table,
 )
 from sovit.analysis.report.words import ARMS, exponent, interval, listed, number, span, visible
+from sovit.metric import words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -37,9 +38,9 @@ def verdict(found: dict[str, Any]) -> str:
     if not tested:
         return "Nothing could be compared: no dimension has an exponent in both stars."
     differ = [name for name, one in tested.items() if one["p_holm"] <= _TAKEN_FOR_NONE]
-    together = f"(all dimensions together p = {_p(found['omnibus_p'])})"
+    together = f"(all dimensions together p = {p_text(found['omnibus_p'])})"
     if differ:
-        said = listed([f"{ARMS.get(name, name)} by a factor of {_ratio(tested[name]['ratio'])}" for name in differ])
+        said = listed([f"{ARMS.get(name, name)} by a factor of {ratio_text(tested[name]['ratio'])}" for name in differ])
         return f"The exponents differ: {said} {together}."
     if found["omnibus_p"] <= _TAKEN_FOR_NONE:
         return f"The exponents differ as a whole {together}; no dimension does by itself."
@@ -49,18 +50,20 @@ def verdict(found: dict[str, Any]) -> str:
 def _power(tested: dict[str, Any]) -> str:
     if any(one["seen"] is None for one in tested.values()):
         return "How large a one would have been seen was not asked for."
-    said = [f"{ARMS.get(name, name)} {_seen(one['seen'])}" for name, one in tested.items()]
+    said = [f"{ARMS.get(name, name)} {seen_text(one['seen'])}" for name, one in tested.items()]
     return f"Ratios that such stars would show four times in five: {'; '.join(said)}."
 
 
-def _seen(ends: list[float | None]) -> str:
+def seen_text(ends: list[float | None]) -> str:
+    """The ratios, below 1 and above, that would be seen."""
     low, high = ends
     if not low and not high:
         return "none up to a factor of 30"
     return f"{number(low, 2) if low else 'none below 1'} or {number(high, 2) if high else 'none above 1'}"
 
 
-def _ratio(found: dict[str, Any]) -> str:
+def ratio_text(found: dict[str, Any]) -> str:
+    """An estimate with its interval, whose open ends are said to be open."""
     hi = number(found["hi"], 2) if found["hi"] is not None else "open"
     return f"{number(found['estimate'], 2)} [{number(found['lo'], 2) if found['lo'] else 'open'}, {hi}]"
 
@@ -70,11 +73,13 @@ def _change(found: dict[str, Any]) -> str:
     return f"{found['estimate']:+.2f} [{ends[0]}, {ends[1]}]"
 
 
-def _s(found: dict[str, Any] | None) -> str:
+def s_text(found: dict[str, Any] | None) -> str:
+    """An exponent with its interval."""
     return f"{exponent(found['estimate'])} {interval(found)}" if found else "-"
 
 
-def _p(p: float | None) -> str:
+def p_text(p: float | None) -> str:
+    """A p-value, never as 0."""
     return "-" if p is None else "<.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
@@ -93,15 +98,15 @@ def _value(value: Any) -> str:
 def text(found: dict[str, Any]) -> str:
     """The comparison for the terminal."""
     names = [found[which]["sweep"] for which in ("first", "second")]
-    metric = f"{found['metric']['shots']}-shot error on {found['metric']['dataset']}"
+    metric = words(found["metric"]["dataset"], found["metric"]["shots"])
     lines = [f"{names[0]} and {names[1]}: {metric}; the best size grows as t^s", ""]
     lines += [f"what differs: {'; '.join(differs(found)) or 'nothing in the configurations'}", ""]
     asked = any(one["seen"] for one in found["dimensions"].values())
     rows = [("", *names, "ratio of s", "difference", "p", "p (Holm)")]
     for name, one in found["dimensions"].items():
         if one["p"] is not None:
-            values = (_ratio(one["ratio"]), _change(one["change"]), _p(one["p"]), _p(one["p_holm"]))
-            rows.append((name, _s(one["first"]), _s(one["second"]), *values))
+            values = (ratio_text(one["ratio"]), _change(one["change"]), p_text(one["p"]), p_text(one["p_holm"]))
+            rows.append((name, s_text(one["first"]), s_text(one["second"]), *values))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if len(rows) > 1:
         table_lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -127,7 +132,7 @@ def text(found: dict[str, Any]) -> str:
 def comparison(found: dict[str, Any]) -> Document:
     """The report of a comparison's dict (comparison.json)."""
     names = [found[which]["sweep"] for which in ("first", "second")]
-    metric = f"{found['metric']['shots']}-shot error on {found['metric']['dataset']}"
+    metric = words(found["metric"]["dataset"], found["metric"]["shots"])
     lead = (
         f"Two star sweeps, {metric}. For each dimension the best size is taken to grow with compute t as t^s; the ratio is "
         f"{names[1]}'s exponent over {names[0]}'s."
@@ -161,15 +166,15 @@ def _table(found: dict[str, Any]) -> Table | None:
     rows = []
     for name, one in found["dimensions"].items():
         title = Cell(ARMS.get(name, name), tone="strong")
-        ends = [Cell(_s(one[which]), one[which]) for which in ("first", "second")]
+        ends = [Cell(s_text(one[which]), one[which]) for which in ("first", "second")]
         if one["p"] is None:
             rows.append((title, *ends, *[Cell("-")] * 4, Cell("not compared", tone="bad")))
             continue
         tone = "good" if one["p_holm"] <= _TAKEN_FOR_NONE else ""
-        seen = Cell(_seen(one["seen"]), one["seen"]) if one["seen"] else Cell("not asked for")
+        seen = Cell(seen_text(one["seen"]), one["seen"]) if one["seen"] else Cell("not asked for")
         rows.append(
-            (title, *ends, Cell(_ratio(one["ratio"]), one["ratio"], tone), Cell(_change(one["change"]), one["change"]),
-             Cell(_p(one["p"]), one["p"]), Cell(_p(one["p_holm"]), one["p_holm"], tone), seen)
+            (title, *ends, Cell(ratio_text(one["ratio"]), one["ratio"], tone), Cell(_change(one["change"]), one["change"]),
+             Cell(p_text(one["p"]), one["p"]), Cell(p_text(one["p_holm"]), one["p_holm"], tone), seen)
         )  # fmt: skip
     caption = (
         f"Intervals are {level}. p: of no difference; Holm: corrected for the number of dimensions. Seen: ratios that a "
@@ -182,7 +187,7 @@ def _figure(found: dict[str, Any]) -> Figure | None:
     tested = [name for name, one in found["dimensions"].items() if one["p"] is not None]
     if not tested:
         return None
-    said = "; ".join(f"{ARMS.get(name, name)} {_ratio(found['dimensions'][name]['ratio'])}" for name in tested)
+    said = "; ".join(f"{ARMS.get(name, name)} {ratio_text(found['dimensions'][name]['ratio'])}" for name in tested)
     return Figure(
         "ratios",
         "The ratio of the exponents with its interval; the dashed line is no difference. The grey bar ends at the nearest "
@@ -236,7 +241,7 @@ def _how(found: dict[str, Any]) -> Section:
     )
 
 
-def ratios_figure(found: dict[str, Any]) -> Drawing:
+def ratios_figure(found: dict[str, Any], of: str = "exponents s") -> Drawing:
     """Forest plot of the ratios, with what would have been missed behind them."""
     from matplotlib.figure import Figure as Canvas
 
@@ -262,7 +267,7 @@ def ratios_figure(found: dict[str, Any]) -> Drawing:
         axis.grid(axis="y", visible=False)
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
-        axis.set_xlabel("ratio of exponents s", color=INK)
+        axis.set_xlabel(f"ratio of {of}", color=INK)
         return figure
 
 

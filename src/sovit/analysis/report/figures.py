@@ -31,7 +31,8 @@ from sovit.analysis.report.drawing import (
     tips,
 )
 from sovit.analysis.report.linear import optimum_band
-from sovit.analysis.report.words import ARMS, arms_of_star, count, exponent, number
+from sovit.analysis.report.words import ARMS, arms_of_star, count, exponent, number, value_of
+from sovit.metric import shot_name, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def error_by_dimension(fit: dict[str, Any], arms: Sequence[str] | None = None) -
             _draw_slices(axis, fit, arm, points, levels, {level: color(name) for level, name in shown.items()})
             if points:
                 errors = [point["error"] for point in points]
-                log_axis(axis.yaxis, min(errors) / 1.06, min(1.0, max(errors) * 1.06))
+                log_axis(axis.yaxis, min(errors) / 1.06, min(_top(fit), max(errors) * 1.06))
         axes[0].set_ylabel(error_label(fit))
         if len(arms) > 1:
             _level_legend(figure, levels, {level: color(name) for level, name in shown.items()})
@@ -119,7 +120,7 @@ def error_by_compute(fit: dict[str, Any], baselines: dict[str, float], arms: Seq
             everything = [point["error"] for point in points] + [error for error in baselines.values() if error > 0]
             if everything:
                 # room below for the legend
-                log_axis(axis.yaxis, min(everything) / 1.75, max(everything) * 1.12, top=1.0)
+                log_axis(axis.yaxis, min(everything) / 1.75, max(everything) * 1.12, top=_top(fit))
         axes[0].set_ylabel(error_label(fit))
         return figure
 
@@ -337,7 +338,8 @@ def _draw_optimum(
         band = optimum_band(arm, entry, fit["points"], line, fit.get("level", 0.95)) if entry["identified"] else None
         if band:
             axis.fill_between(line, *band, color=ACCENT, alpha=0.16, linewidth=0, label=f"{_level(fit)} band", zorder=1)
-    for inside, label in ((True, "lowest error, inside the arm"), (False, "lowest error, at an edge")):
+    value = value_of(fit)
+    for inside, label in ((True, f"lowest {value}, inside the arm"), (False, f"lowest {value}, at an edge")):
         x = [m["x"] if m["interior"] is inside else math.nan for m in minima]
         axis.plot(
             times, x, "o", color=INK, markerfacecolor=INK if inside else BACK, markersize=5, label=label, zorder=4
@@ -360,7 +362,15 @@ def error_label(fit: dict[str, Any]) -> str:
     metric = fit.get("metric") or {}
     dataset = str(metric.get("dataset", ""))
     plain = re.fullmatch(r"[A-Za-z0-9_.+ -]{1,40}", dataset)
-    return f"{metric.get('shots', '')}-shot error" + (f", {dataset}" if plain else "")
+    shots = metric.get("shots", "")
+    if value_of(fit) != "error":
+        return words(dataset, shots) + ", nats a token"
+    return shot_name(dataset, shots) + (f", {dataset}" if plain else "")
+
+
+def _top(fit: dict[str, Any]) -> float:
+    """No error is above 1."""
+    return 1.0 if value_of(fit) == "error" else math.inf
 
 
 def _level_legend(figure: Figure, levels: Sequence[float], ink: dict[float, str]) -> None:

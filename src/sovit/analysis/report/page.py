@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sovit import records
 from sovit.analysis.points import read_rows
 from sovit.analysis.report import summary
+from sovit.metric import ERROR, kind_of
 
 if TYPE_CHECKING:
     from sovit.analysis.report.document import Document
@@ -70,7 +71,7 @@ def _metrics(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         tests = sorted(
             row["error"] * (1 - row["error"]) / row["stderr"] ** 2
             for row in group
-            if row.get("stderr") and row.get("error") and 0 < row["error"] < 1
+            if row.get("stderr") and row.get("error") and 0 < row["error"] < 1 and kind_of(dataset, shots) == ERROR
         )
         found.append(
             {
@@ -109,7 +110,7 @@ def text(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _star_text(fit: dict[str, Any]) -> list[str]:
-    from sovit.analysis.report.words import shape
+    from sovit.analysis.report.words import shape, value_of
 
     center = shape(fit["center"])
     lines = [f"{fit['sweep']}: {summary.metric_name(fit)}, center {center}; the best size grows as t^s", ""]
@@ -129,7 +130,8 @@ def _star_text(fit: dict[str, Any]) -> list[str]:
     lines += reasons
     checks = summary.center_checks(fit)
     if checks:
-        lines += ["", "center, held out of every fit: measured error against what each arm's law predicts"]
+        value = value_of(fit)
+        lines += ["", f"center, held out of every fit: measured {value} against what each arm's law predicts"]
         lines += [
             f"  {row['t']:>8} GFLOPs  {row['measured']}  "
             + "  ".join(f"{arm} {predicted}" for arm, predicted in row["predicted"].items())

@@ -21,7 +21,7 @@ from sovit.analysis.report.document import (
     section,
     table,
 )
-from sovit.analysis.report.words import counted, exponent, number, percent
+from sovit.analysis.report.words import counted, exponent, number, percent, value_of
 
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9_.+][A-Za-z0-9_.+-]{0,80}")
 _WORD = re.compile(r"[A-Za-z0-9_.+/=:,@%-]{1,200}")  # of a stored command, nothing a shell would read otherwise
@@ -93,7 +93,7 @@ def runs_section(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Section
         Column("num_params", "parameters", True),
         Column("forward_gflops", "GFLOPs/image", True),
         Column("t_gflops", "t, GFLOPs", True),
-        Column("error", "last error", True),
+        Column("error", f"last {value_of(fit)}", True),
         Column("images_per_s", "images/s", True),
         Column("wall", "wall time", True),
         Column("status", "status"),
@@ -127,7 +127,7 @@ def left_out(fit: dict[str, Any]) -> Section:
     columns = (
         Column("run_id", "run"),
         Column("t_gflops", "t, GFLOPs", True),
-        Column("error", "error", True),
+        Column("error", value_of(fit), True),
         Column("stderr", "± s.e.", True),
         Column("why_not", "why it was left out"),
     )
@@ -224,15 +224,22 @@ def commands(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> tuple[list[
                 lines += [
                     f".venv/bin/sovit run sweeps/{word}.yaml" + (f" seed={k}" if seeds != [0] else "") for k in seeds
                 ]
-    told = fit.get("command")
-    if isinstance(told, list) and told and all(_WORD.fullmatch(str(word)) for word in told):
-        lines.append(" ".join(map(str, told)))
+    told = shell_line(fit.get("command"))
+    if told:
+        lines.append(told)
     elif fit["kind"] in ("star", "grid", "diagonal"):
         options = (f" --dataset {dataset}" if dataset else "") + (f" --shots {shots}" if isinstance(shots, int) else "")
         lines.append(f".venv/bin/sovit fit runs/{safe[0]}{options}")
     elif fit["kind"] == "joint":
         lines.append(f".venv/bin/sovit fit {' '.join(f'runs/{name}' for name in safe)} --law flops")
     return lines, notes
+
+
+def shell_line(told: Any) -> str | None:
+    """A stored command as a line for a shell, if it holds nothing that a shell would read otherwise."""
+    if isinstance(told, list) and told and all(_WORD.fullmatch(str(word)) for word in told):
+        return " ".join(map(str, told))
+    return None
 
 
 def exponent_cell(value: float | None, bold: bool = False) -> Cell:
@@ -291,12 +298,12 @@ def fitted(arms: dict[str, dict[str, Any]], fit: dict[str, Any]) -> Section:
             "parameters: they are known far less well, and trade against each other."
         )
         blocks.append(table("laws", columns, rows, caption))
-    others = summary.choices(arms)
+    others = summary.choices(arms, value_of(fit))
     if others["rows"]:
         columns = (Column("dimension", "s when fitted to"), *(Column(name, name, True) for name in others["header"]))
         choice_rows = [(name, *(exponent_cell(s) for s in values)) for name, values in others["rows"]]
         caption = (
-            "What other choices of the points would have given: another largest error, or the headline's points without "
+            "What other choices of the points would have given: another largest value, or the headline's points without "
             "the earliest durations."
         )
         blocks.append(table("choices", columns, choice_rows, caption))

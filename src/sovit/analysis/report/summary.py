@@ -28,7 +28,9 @@ from sovit.analysis.report.words import (
     shape,
     span,
     time,
+    value_of,
 )
+from sovit.metric import words
 
 CUTOFF_FACTOR = 1.5  # an exponent that moves by more than this with the cut-off rests on the choice
 JACKKNIFE_FACTOR = 2.0  # a jackknife interval so much wider in log s contradicts the model of the noise
@@ -46,7 +48,7 @@ SIMULATED = "These runs were simulated: their errors were drawn from a law that 
 
 def metric_name(fit: dict[str, Any]) -> str:
     metric = fit.get("metric") or {}
-    return f"{metric.get('shots', '?')}-shot error on {metric.get('dataset', '?')}"
+    return words(str(metric.get("dataset", "?")), metric.get("shots", "?"))
 
 
 def level(fit: dict[str, Any]) -> str:
@@ -237,6 +239,9 @@ def trust(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
     if kind == "star" and any(row["identified"] for row in headline(fit)):
         notes.append(
             "The choice of cut-off (errors above it are not fitted) is not in the intervals; its range stands beside them."
+            if value_of(fit) == "error"
+            else "The cut-off is what a decoder reaches that sees no image. The choice is not in the intervals; the range "
+            "over lower ones stands beside them."
         )
     if fit.get("shared"):
         notes.append(_shared(fit["shared"], arms_of_star(fit)))
@@ -258,15 +263,18 @@ def baselines(fit: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, 
     metric = fit.get("metric") or {}
     dataset, shots = metric.get("dataset"), metric.get("shots")
     recorded = [(run.get("baselines") or {}).get(dataset) for run in runs]
+    image_to_text = value_of(fit) != "error"
     found = {
-        "chance": [entry["chance"] for entry in recorded if entry and "chance" in entry],
+        "decoder without images" if image_to_text else "chance": [
+            entry["chance"] for entry in recorded if entry and "chance" in entry
+        ],
         "random initialisation": [
             row["error"]
             for run in runs
             for row in run.get("init") or []
             if row["dataset"] == dataset and row["shots"] == shots
         ],
-        "ridge on pixels": [
+        "decoder on pixels" if image_to_text else "ridge on pixels": [
             entry["pixels"][str(shots)] for entry in recorded if entry and str(shots) in (entry.get("pixels") or {})
         ],
     }
@@ -320,13 +328,16 @@ def law_rows(arms: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def choices(arms: dict[str, Any]) -> dict[str, Any]:
-    """The exponent under other choices of points: "header" names them, "rows" holds (arm, exponents in that order)."""
+def choices(arms: dict[str, Any], value: str = "error") -> dict[str, Any]:
+    """The exponent under other choices of points: "header" names them, "rows" holds (arm, exponents in that order).
+
+    ``value``: what the fitted numbers are called.
+    """
     found: dict[str, dict[str, float | None]] = {}
     for name, entry in arms.items():
         if entry:
             found[name] = {
-                **{f"error ≤ {cut['max_error']:g}": cut["s"] for cut in entry.get("cutoffs") or []},
+                **{f"{value} ≤ {cut['max_error']:.4g}": cut["s"] for cut in entry.get("cutoffs") or []},
                 **{f"from duration {late['num_dropped'] + 1}": late["s"] for late in entry.get("late") or []},
             }
     header = list(dict.fromkeys(choice for exponents in found.values() for choice in exponents))
@@ -369,7 +380,7 @@ def left_out(fit: dict[str, Any]) -> list[tuple[str, int, str]]:
     for point in fit.get("points", []):
         if not point["used"]:
             why = point.get("why_not") or "no reason was recorded"
-            why = re.sub(r"^error [\d.e-]+ is", "error", re.sub(r" from [\d.e-]+ to [\d.e-]+$", "", why))
+            why = re.sub(r"^(error|log-perplexity) [\d.e-]+ is", r"\1", re.sub(r" from [\d.e-]+ to [\d.e-]+$", "", why))
             groups.setdefault(why, []).append(point["run_id"])
     rows = []
     for why, runs in sorted(groups.items(), key=lambda item: -len(item[1])):

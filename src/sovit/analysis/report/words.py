@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from sovit.metric import value_name
+
 ARMS = {"width": "width", "depth": "depth", "mlp_dim": "MLP dimension"}
 MIXER_ARMS = {
     "width": "width",
@@ -18,6 +20,13 @@ MIXER_ARMS = {
 def arms_of_star(fit: dict[str, Any]) -> dict[str, str]:
     """Dimension -> its name, of the family that a star is of."""
     return MIXER_ARMS if "token_dim" in (fit.get("center") or ()) else ARMS
+
+
+def value_of(fit: dict[str, Any]) -> str:
+    """What a fit's values are called: error, or log-perplexity."""
+    metric = fit.get("metric") or {}
+    shots = metric.get("shots")
+    return value_name(str(metric.get("dataset", "")), shots if isinstance(shots, int) else -1)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -32,6 +32,7 @@ from sovit.launch.state import (
     summary,
 )
 from sovit.launch.tables import duration_text
+from sovit.metric import place, value_name
 
 STYLES = {DONE: "green", RUNNING: "cyan", BUSY: "yellow", STOPPED: "yellow"} | dict.fromkeys(
     (FAILED, DIVERGED, DIED), "red"
@@ -85,9 +86,10 @@ class Display:
             self.console.print(line, soft_wrap=True)
 
     def begin(self) -> None:
+        said = place(*self.metric).replace(" at ", ", ")
         self.say(
             f"{self.plan.name}: {len(self.states)} cells ({self.counts()}), {self.plan.workers} at once, "
-            f"about {duration_text(self.left())}; error: {self.metric[0]}, {self.metric[1]} shots"
+            f"about {duration_text(self.left())}; {value_name(*self.metric)}: {said}"
         )
 
     def started(self, state: CellState) -> None:
@@ -98,7 +100,7 @@ class Display:
         if state.state == DONE:
             error = last_error(state.cell.run_dir, *self.metric)
             tail = f"{took:>11}  {state.images_per_s:>8,.0f} images/s" + (
-                "" if error is None else f"  error {error:.3f}"
+                "" if error is None else f"  {value_name(*self.metric)} {error:.3f}"
             )
         else:
             tail = f"{took:>11}  " + ("trying again: " if again else "") + state.reason
@@ -109,7 +111,7 @@ class Display:
         tail = state.reason
         if state.state == DONE:
             error = last_error(state.cell.run_dir, *self.metric)
-            tail = "by another runner" + ("" if error is None else f"  error {error:.3f}")
+            tail = "by another runner" + ("" if error is None else f"  {value_name(*self.metric)} {error:.3f}")
         word = "free" if state.state == WAITING else state.state
         self.say(self.event(word, STYLES.get(state.state, ""), state, tail))
 

@@ -12,6 +12,8 @@ from typing import Any
 from sovit import duration
 from sovit.launch.wandb import run as wandb_run
 from sovit.launch.wandb.records import NAME, connect
+from sovit.metric import ERROR, LOG_PERPLEXITY, value_name
+from sovit.metric import key as key_of
 
 DIMENSIONS = {"width": "Width", "depth": "Depth", "mlp_dim": "MLP dimension"}
 TOKEN = {"token_dim": "Token MLP dimension"}  # of an MLP-Mixer, beside the others
@@ -44,14 +46,14 @@ def dashboard(path: str, sweep: str | None, metric: tuple[str, int]) -> tuple[st
     name = _the_sweep(path, sweep, {run.group for run in runs})
     runs = [run for run in runs if run.group == name]
     logged = set.intersection(*(set(run.summary.keys()) for run in runs))
-    wanted = wandb_run.error_key(*metric)
+    wanted, value = key_of(*metric), value_name(*metric).capitalize()
     if wanted not in logged:
-        there = sorted(key for key in logged if key.startswith("eval/") and key.endswith("/error"))
+        there = sorted(key for key in logged if key.startswith("eval/") and key.endswith((f"/{ERROR}", LOG_PERPLEXITY)))
         raise ValueError(f"{wanted} is not logged by the runs of {name}; they log {', '.join(there) or 'no errors'}.")
     arms = {str(run.config.get("arm")) for run in runs}
     dimensions = DIMENSIONS | (TOKEN if any("token_dim" in run.config for run in runs) else {})
     report = library.Report(entity=entity, project=project, title=f"sovit: {name}", width="fluid")
-    report.blocks = _blocks(library, report, name, wanted, logged, arms, dimensions)
+    report.blocks = _blocks(library, report, name, (wanted, value), logged, arms, dimensions)
     try:
         old = [view for view in api.reports(path) if view.display_name == report.title]
         if old:
@@ -74,10 +76,19 @@ def _the_sweep(path: str, wanted: str | None, there: set[str]) -> str:
 
 
 def _blocks(
-    library: Any, report: Any, name: str, error: str, logged: set[str], arms: set[str], dimensions: Mapping[str, str]
+    library: Any,
+    report: Any,
+    name: str,
+    metric: tuple[str, str],
+    logged: set[str],
+    arms: set[str],
+    dimensions: Mapping[str, str],
 ) -> list[Any]:
-    """Text and grids of panels: the whole sweep, then every arm of a star with its center."""
+    """Text and grids of panels: the whole sweep, then every arm of a star with its center. ``metric``: key, and word."""
     from wandb_workspaces import expr
+
+    error, value = metric
+    plural = "errors" if value == "Error" else "log-perplexities"
 
     def grid(panels: Sequence[Any], *conditions: Any) -> Any:
         for k, panel in enumerate(panels):
@@ -97,7 +108,7 @@ def _blocks(
     def slices(dimension: str) -> list[Any]:
         return [
             library.ScatterPlot(
-                title=f"Error after {_label(key)} against {dimension}",
+                title=f"{value} after {_label(key)} against {dimension}",
                 x=library.Config(dimension),
                 y=library.SummaryMetric(key),
                 log_x=True,
@@ -114,8 +125,13 @@ def _blocks(
     by_arm = {"groupby": library.Config("arm"), "groupby_aggfunc": "min", "groupby_rangefunc": "minmax"}
     blocks = [
         library.P(f"{error} of the runs of {name}. Compute is in GFLOPs: forward FLOPs per image x images seen."),
-        grid([curves("Error against compute, every run"), curves("Lowest error of an arm against compute", **by_arm)]),
-        grid([library.ParallelCoordinatesPlot(title="Shapes, seeds and final errors", columns=axes)]),
+        grid(
+            [
+                curves(f"{value} against compute, every run"),
+                curves(f"Lowest {value.lower()} of an arm against compute", **by_arm),
+            ]
+        ),
+        grid([library.ParallelCoordinatesPlot(title=f"Shapes, seeds and final {plural}", columns=axes)]),
     ]
     star = [dimension for dimension in dimensions if dimension in arms]
     for dimension in star or dimensions:
@@ -123,7 +139,7 @@ def _blocks(
         title = f"{dimensions[dimension]}: the arm and the center" if star else dimensions[dimension]
         blocks += [library.H2(title), grid(slices(dimension), *on)]
         if star:
-            blocks.append(grid([curves(f"Error against compute, {dimension}")], *on))
+            blocks.append(grid([curves(f"{value} against compute, {dimension}")], *on))
     panels = {LOSS: "Training loss", RATE: "Images per second"}  # a run that was sent afterwards has no rates over time
     found = [library.LinePlot(title=title, x=STEP, y=[key]) for key, title in panels.items() if key in logged]
     if wandb_run.IMAGES_PER_S in logged:

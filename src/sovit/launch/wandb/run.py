@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 
 import yaml
 
-from sovit import records
+from sovit import metric, records
 from sovit.families import family_of
 from sovit.shape import AnyShape
 
@@ -264,17 +264,12 @@ def _by_step(directory: Path) -> dict[int, list[dict[str, Any]]]:
 
 
 def metrics_of(found: list[dict[str, Any]]) -> dict[str, float]:
-    """What W&B is told of one evaluation: compute, images, and per data set and shots the mean error over the draws."""
+    """What W&B is told of one evaluation: compute, images, and per metric its mean over the draws."""
     errors: dict[str, list[float]] = {}
     for row in found:
-        errors.setdefault(error_key(row["dataset"], row["shots"]), []).append(row["error"])
+        errors.setdefault(metric.key(row["dataset"], row["shots"]), []).append(row["error"])
     means = {key: sum(values) / len(values) for key, values in errors.items()}
     return {"t_gflops": found[0]["t_gflops"], "examples_seen": found[0]["examples_seen"], **means}
-
-
-def error_key(dataset: str, shots: int) -> str:
-    """The name of an error in the rows."""
-    return f"eval/{dataset}_{shots}shot/error"
 
 
 def slice_key(error: str, duration: str) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sovit import records
 from sovit.families import FAMILIES, VIT
 from sovit.launch.state import DIVERGED, FAILED
+from sovit.metric import ERROR, kind_of
 
 if TYPE_CHECKING:
     from sovit.analysis.intervals import RunFit
@@ -48,6 +49,8 @@ def promised(directories: Sequence[Path], metric: tuple[str, int]) -> dict[str, 
     from sovit.analysis.points import POINTS, dimensions
     from sovit.analysis.star import HEADLINE, find_center
 
+    # What a decoder reaches without an image is known when the first run is done; until then all log-perplexities count.
+    most = HEADLINE if kind_of(*metric) == ERROR else math.inf
     labels = {row.pop("center") for row in rows}
     families = {row.pop("family") for row in rows}
     if len(families) > 1:
@@ -63,10 +66,10 @@ def promised(directories: Sequence[Path], metric: tuple[str, int]) -> dict[str, 
         different = dimensions(point).differs(center)
         if len(different) > 1:
             return f"{dimensions(point)} differs from the center {center} in {' and '.join(different)}: this is no star"
-        if different and 0 < point.error <= HEADLINE:
+        if different and 0 < point.error <= most:
             arms[different[0]].append(point)
     if not any(arms.values()):
-        return f"no arm has an error of at most {HEADLINE:g} yet"
+        return f"no arm has an error of at most {most:g} yet"
     return _of_arms({name: group for name, group in arms.items() if any(_along(name, points, center))})
 
 

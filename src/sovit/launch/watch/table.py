@@ -15,6 +15,7 @@ from sovit.launch.state import CUT, DIVERGED, DONE, FAILED, RUNNING, STOPPED, WA
 from sovit.launch.tables import count_text, duration_text, table
 from sovit.launch.watch.promise import Promise
 from sovit.launch.watch.status import UNREADABLE, CellStatus, SweepStatus
+from sovit.metric import place, shot_name, value_name
 
 WIDE = 160  # columns from which the table has all there is; below, reasons follow in lines of their own
 REASONS = 3  # lines of them in a live display, whose height is that of the terminal
@@ -57,12 +58,11 @@ def status_text(
 
 def _table(sweep: SweepStatus, cells: list[CellStatus], width: int) -> Table:
     wide = width >= WIDE
-    dataset, shots = sweep.metric
     columns = [("cell", "left"), ("state", "left"), ("done", "right"), ("left", "right")]
     columns += [("step", "right"), ("images/s", "right")] if wide else []
     columns += [
         ("GFLOPs", "right"),
-        (f"{dataset} {shots}-shot error" if wide else "error", "right"),
+        (f"{sweep.metric[0]} {shot_name(*sweep.metric)}" if wide else value_name(*sweep.metric), "right"),
         ("process", "left"),
     ]
     rows = table(*columns, *([("reason", "left")] if wide else []))
@@ -125,7 +125,7 @@ def totals(sweep: SweepStatus, price: float | None) -> list[str]:
     best = sweep.best
     if best is not None:
         lines.append(
-            f"Best error so far: {best.error:.3f} on {sweep.metric[0]} at {sweep.metric[1]} shots, {label(sweep, best)}."
+            f"Best {value_name(*sweep.metric)} so far: {best.error:.3f} on {place(*sweep.metric)}, {label(sweep, best)}."
         )
     if sweep.note:
         lines.append(f"{sweep.note[0].upper()}{sweep.note[1:].rstrip('.')}.")
