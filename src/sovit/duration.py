@@ -16,7 +16,9 @@ from decimal import Decimal
 _SUFFIXES = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 _UNITS = ("steps", "images", "examples", "epochs", "gflops", "flops")
 _EXAMPLES = 'write for example "500K steps", "64M images", "32 gflops" or "2e11 flops" (suffixes K, M, B, T)'
-_PATTERN = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*([kmbt]?)\s*(step|image|example|epoch|gflop|flop)s?", re.IGNORECASE)
+_PATTERN = re.compile(
+    r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*([kmbt]?)\s*(step|image|example|epoch|gflop|flop)s?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

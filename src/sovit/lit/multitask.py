@@ -3,8 +3,8 @@
 At every evaluation decoders are trained from scratch on the tokens of the same embedded scenes, to caption them and to
 answer questions, and judged on others; SoViT's metric for image to text (arXiv 2305.13035, section 4) is the unweighted
 mean of the tasks' log-perplexities. The decoder and its recipe are the same for every cell, so that cells differ in their
-tokens only. What a decoder is, and what it learns from, stands in `sovit.language`. Not here: decoding, other metrics than the
-log-perplexity, images of the user's own (`sovit eval RUN task=multitask` has both).
+tokens only. What a decoder is, and what it learns from, stands in `sovit.language`. Not here: decoding, other
+metrics than the log-perplexity, images of the user's own (`sovit eval RUN task=multitask` has both).
 """
 
 from __future__ import annotations
