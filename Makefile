@@ -42,6 +42,19 @@ sweep-diagonal: setup  ## train shapes scaled jointly: how far to go along the s
 optimize: setup  ## the whole way: star, grid, prediction, the predicted shape against its rivals (under an hour on two cores)
 	$(BIN)/sovit optimize $(ARGS)
 
+ENCODER ?=
+TINY := runs/encoder_tiny/encoder_tiny-w0040-d02-m0200-h04-p08-s0
+LIT := $(if $(ENCODER),lit_mine,lit_tiny)
+TOWER := runs/$(LIT)/$(LIT)-w0032-d02-m0128-h04-l040-s0
+
+.PHONY: eval-multimodal
+eval-multimodal: setup  ## an encoder by what can be said of its images: zero-shot, retrieval, captions, answers (ENCODER=RUN: yours)
+	$(if $(ENCODER),,$(BIN)/python -m sovit.train experiment=encoder_tiny)
+	$(BIN)/python -m sovit.train experiment=lit_tiny name=$(LIT) text.encoder=$(or $(ENCODER),$(TINY)) $(ARGS)
+	$(BIN)/sovit eval $(TOWER) task=zeroshot
+	$(BIN)/sovit eval $(TOWER) task=retrieval
+	$(BIN)/sovit eval $(or $(ENCODER),$(TINY)) task=multitask
+
 .PHONY: test
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -61,6 +74,7 @@ bench: setup  ## measure the loader, the two ways to get several durations from 
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/durations.py
 	$(BIN)/python benchmarks/planned.py
+	$(BIN)/python benchmarks/language.py
 
 .PHONY: bench-analysis
 bench-analysis: setup  ## measure the fit: efficiency, coverage, alarms, promises, laws, power, comparisons (over an hour)

@@ -13,8 +13,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from sovit.config import RunConfig, shape_of
+from sovit.config import RunConfig
 from sovit.data.stream import StepSampler, make_loader
+from sovit.derived import shape_of
 from sovit.lit import fit
 from sovit.lit.layout import Layout
 from sovit.lit.ranks import Ranks

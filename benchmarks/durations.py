@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import mean
 
 from sovit import records, schedule
-from sovit.config import RunConfig, compose, eval_steps
+from sovit.config import RunConfig, compose
+from sovit.derived import eval_steps
 from sovit.duration import geometric
 from sovit.lit import engine
 

@@ -146,7 +146,8 @@ def measure_star(shapes: Sequence[str], weights: str, clock: Callable[[], float]
     """Where the time of a whole star goes, from short cells: what an update, an evaluation and a segment take, times how
     many the star has.
     """
-    from sovit.config import compose, eval_steps
+    from sovit.config import compose
+    from sovit.derived import eval_steps
 
     measure_cell([f"durations.values=[{SHORT[0]} steps]"], clock)  # what only a first cell does
     star: dict[str, float] = defaultdict(float)

@@ -47,8 +47,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from contestants import LARGE, LOG_EVERY, TINY, SameBatch, Timm, Update, batch_of, configuration
 from phases import Phases, measure_cell, measure_star, nothing, taken_apart
 from sovit import claims, records
-from sovit.config import RunConfig, model_geometry, shape_of
+from sovit.config import RunConfig
 from sovit.data.stream import StepSampler, make_loader
+from sovit.derived import model_geometry, shape_of
 from sovit.flops import num_params, train_gflops
 from sovit.launch.pay.hardware import hardware
 from sovit.lit import callbacks, fit

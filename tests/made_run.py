@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from sovit import records
-from sovit.config import RunConfig, compose, model_geometry, shape_of
+from sovit.config import RunConfig, compose
+from sovit.derived import model_geometry, shape_of
 from sovit.flops import forward_gflops
 from sovit.lit import checkpoints
 from sovit.lit.fit import build_model

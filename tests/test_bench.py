@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import killed_row
-from sovit import cli, config
+from sovit import cli, config, derived
 from sovit.bench import energy, models, processes, row, turns
 from sovit.bench.settings import Setting, Subject, settings
 from sovit.flops import num_params
@@ -145,7 +145,7 @@ def exported(tmp_path):
     """A file as `sovit export` writes it, of random weights."""
     keys = ("shape=8x2x20", "model.num_heads=2", "model.patch_size=8", "model.image_size=16", "data.num_classes=5")
     cfg = config.compose(list(keys))
-    model = Model(config.shape_of(cfg), **config.model_geometry(cfg), **config.model_options(cfg))
+    model = Model(derived.shape_of(cfg), **derived.model_geometry(cfg), **derived.model_options(cfg))
     torch.manual_seed(1)
     state = build_vit(**vars(model)).state_dict()
     about = {"config": json.dumps(dataclasses.asdict(cfg)), "weights": "average", "step": "3", "run_id": "r"}

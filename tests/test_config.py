@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sovit import config
-from sovit.config import ConfigError, compose, config_groups, eval_steps, schema_keys, shape_of
+from sovit.config import ConfigError, compose, config_groups, schema_keys
+from sovit.derived import eval_steps, shape_of
 from sovit.shape import Shape
 
 

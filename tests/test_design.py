@@ -30,7 +30,8 @@ from sovit.analysis.points import Dimensions
 from sovit.analysis.star import fit_star
 from sovit.cli import design
 from sovit.cli.expected import parse_noise, plan_text, spreads
-from sovit.config import compose, eval_steps
+from sovit.config import compose
+from sovit.derived import eval_steps
 from sovit.launch.plan import plan
 from sovit.launch.sweep import load_sweep
 from sovit.schema import DurationsConfig

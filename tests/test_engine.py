@@ -16,7 +16,8 @@ import torch
 
 from small_cells import content, overrides, pretend_stop, small
 from sovit import claims, records, schedule
-from sovit.config import ConfigError, RunConfig, eval_steps, model_geometry, shape_of
+from sovit.config import ConfigError, RunConfig
+from sovit.derived import eval_steps, model_geometry, shape_of
 from sovit.flops import forward_gflops
 from sovit.lit import engine
 from sovit.lit.data import TrainData

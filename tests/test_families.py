@@ -17,7 +17,8 @@ from sovit.analysis.law import Law
 from sovit.analysis.points import MixerDimensions, MixerPoint, load_points, recipe
 from sovit.analysis.report import page
 from sovit.analysis.star import find_center, fit_star
-from sovit.config import ConfigError, compose, shape_of
+from sovit.config import ConfigError, compose
+from sovit.derived import shape_of
 from sovit.families import FAMILIES, family_of, shape_of_record
 from sovit.families.mixer import NAMED_MIXERS, MixerShape
 from sovit.families.swin import NAMED_SWINS, SwinShape

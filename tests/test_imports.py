@@ -23,7 +23,7 @@ FLOORS = [
         "sovit.schedule",
         "sovit.metric",
     ],
-    ["sovit.schema", "sovit.config", "sovit.records", "sovit.claims"],
+    ["sovit.schema", "sovit.derived", "sovit.requirements", "sovit.config", "sovit.records", "sovit.claims"],
     ["sovit.analysis"],
     ["sovit.launch"],
     [
@@ -44,6 +44,8 @@ NO_TORCH = [
     "sovit.analysis",
     "sovit.launch",
     "sovit.config",
+    "sovit.derived",
+    "sovit.requirements",
     "sovit.records",
     "sovit.cli",
     "sovit.train",

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import cli, records
 from sovit.analysis.points import load_points
-from sovit.config import ConfigError, compose, eval_steps, shape_of
+from sovit.config import ConfigError, compose
 from sovit.data.order import mix
+from sovit.derived import eval_steps, shape_of
 from sovit.families.text import TextShape
 from sovit.flops import forward_gflops
 from sovit.language.contrastive import softmax_loss

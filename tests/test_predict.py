@@ -12,7 +12,7 @@ import pytest
 from scipy.optimize import brentq, minimize
 from scipy.stats import t as t_distribution
 
-from sovit import cli, config, records
+from sovit import cli, config, derived, records
 from sovit.analysis.forecast import candidates as whole
 from sovit.analysis.forecast.exponents import Start, given, grid_origin, read_fit, star_exponents
 from sovit.analysis.forecast.predict import fitted_rule, paper_rule
@@ -101,7 +101,7 @@ def write_runs(directory, overrides=("experiment=star_tiny",), shapes=("32x4x128
 
     for text in shapes:
         cfg = config.compose([*overrides, f"shape={text}"])
-        shape = config.shape_of(cfg)
+        shape = derived.shape_of(cfg)
         run_dir = directory / records.run_id(cfg)
         run_dir.mkdir(parents=True)
         content = {"status": "done", **shape.as_dict(), "config": dataclasses.asdict(cfg)}
@@ -592,12 +592,12 @@ def test_the_written_experiment_composes_to_the_shape_the_recipe_and_the_budget(
     assert code == 0, err
     chosen = json.loads(out)["candidates"][1]
     cfg = config.compose(["experiment=next"])
-    shape = config.shape_of(cfg)
+    shape = derived.shape_of(cfg)
     assert shape == Shape(*(chosen[name] for name in DIMENSIONS), chosen["heads"][0][0], 8)
     assert (cfg.name, cfg.optim.lr, cfg.eval.ema_horizon, cfg.model.pool) == ("next", 0.004, 0.2, "map")
     assert cfg.trainer.max_steps is None and cfg.data.num_classes == 256
-    (step,) = config.eval_steps(cfg)
-    gflops = forward_gflops(shape, **config.model_geometry(cfg))
+    (step,) = derived.eval_steps(cfg)
+    gflops = forward_gflops(shape, **derived.model_geometry(cfg))
     assert step * cfg.trainer.global_batch_size * gflops == pytest.approx(1600, rel=0.01)
     text = (conf / "next.yaml").read_text()
     head = [line for line in text.splitlines() if line.startswith("#")]
@@ -618,7 +618,7 @@ def test_published_exponents_write_the_published_recipe(run, conf):
     assert code == 0, err
     assert "experiment=so" in out
     cfg = config.compose(["experiment=so"])
-    assert (str(config.shape_of(cfg)), cfg.model.num_heads, cfg.optim.name) == ("1072x32x4416", 16, "adafactor")
+    assert (str(derived.shape_of(cfg)), cfg.model.num_heads, cfg.optim.name) == ("1072x32x4416", 16, "adafactor")
     assert (cfg.eval.weights, cfg.schedule.kind, cfg.model.image_size) == ("cooled", "rsqrt", 224)
 
 
@@ -643,7 +643,7 @@ def test_nothing_in_a_path_or_a_sweeps_name_leaves_the_comment_of_an_experiment(
         "--fit", star, "--origin", "608x10x928", "--t0", "1e9", "--compute", "3e11", "--force", "--write", conf / "odd.yaml"
     )  # fmt: skip
     assert code == 0, err
-    assert config.shape_of(config.compose(["experiment=odd"])).width > 8
+    assert derived.shape_of(config.compose(["experiment=odd"])).width > 8
 
 
 def test_an_older_grid_without_shares_still_predicts():

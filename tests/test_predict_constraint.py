@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from sovit import config
+from sovit import config, derived
 from sovit.analysis import latency
 from sovit.analysis.forecast import constrained
 from sovit.analysis.forecast.candidates import Rounding, star_regret
@@ -196,7 +196,7 @@ def test_the_written_experiment_has_the_chosen_shape_and_the_command_that_chose_
     code, out, err = run(*asked, "--write", conf / "fast.yaml")
     assert code == 0, err
     best = json.loads(out)["constraint"]["best"]
-    shape = config.shape_of(config.compose(["experiment=fast"]))
+    shape = derived.shape_of(config.compose(["experiment=fast"]))
     assert (shape.width, shape.depth, shape.mlp_dim) == tuple(best[name] for name in NAMES)
     assert 1e3 * fit.latency_s(Model(shape, 16, **TINY), 8) <= 1.5
     text = (conf / "fast.yaml").read_text()

@@ -14,9 +14,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sovit.config import compose, model_geometry, model_options
+from sovit.config import compose
 from sovit.data.fractals import FractalWorld
 from sovit.data.stream import FractalDataset
+from sovit.derived import model_geometry, model_options
 from sovit.flops import BLOCKS, NORMS, POOLS, VIT22B, forward_flops, num_params
 from sovit.models.initial import INITS
 from sovit.models.vit import build_vit, init_weights

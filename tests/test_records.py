@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from sovit import records
-from sovit.config import compose, shape_of
+from sovit.config import compose
+from sovit.derived import shape_of
 
 
 def test_run_ids_parse_back_and_sort_by_shape() -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sovit import records
-from sovit.config import REPOSITORY, compose, model_geometry, model_options, shape_of
+from sovit.config import REPOSITORY, compose
+from sovit.derived import model_geometry, model_options, shape_of
 from sovit.flops import num_params
 from sovit.launch.sweep import load_sweep
 from sovit.lit import engine

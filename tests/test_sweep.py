@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sovit.config import compose, shape_of
+from sovit.config import compose
+from sovit.derived import shape_of
 from sovit.launch.plan import plan
 from sovit.launch.sweep import SweepError, load_sweep, metric_of
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sovit import __version__
-from sovit.config import REPOSITORY, RunConfig, shape_of
+from sovit.config import REPOSITORY, RunConfig
+from sovit.derived import shape_of
 from sovit.families import FAMILIES, family_of
 from sovit.schema import KEYS_OF_DECODER, KEYS_OF_FILES, KEYS_OF_LOSS, KEYS_OF_PAIRS, TextConfig
 from sovit.shape import AnyShape

@@ -176,7 +176,8 @@ def _subject(text: str, arguments: argparse.Namespace) -> Subject:
 
 
 def _model_of_checkpoint(path: Path) -> Any:
-    from sovit.config import from_mapping, model_geometry, model_options, vit_shape_of
+    from sovit.config import from_mapping
+    from sovit.derived import model_geometry, model_options, vit_shape_of
     from sovit.lit.trained import read
     from sovit.memory import Model
 

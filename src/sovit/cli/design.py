@@ -95,7 +95,7 @@ def _design(arguments: argparse.Namespace) -> int:
     from sovit.analysis.planning import design as search
     from sovit.analysis.planning.information import assumed_law, fitted_laws
     from sovit.analysis.points import dimensions
-    from sovit.config import shape_of
+    from sovit.derived import shape_of
 
     if not 2 <= arguments.range <= 1000:
         raise ValueError(f"--range {arguments.range:g} is not between 2 and 1000; 16 is advised.")

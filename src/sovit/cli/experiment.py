@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sovit import config, records
+from sovit import config, derived, records
 from sovit.shape import Shape
 
 PUBLISHED = {
@@ -119,10 +119,10 @@ def write(
     path.write_text(text(path.stem, comment, shape, geometry, target_gflops, recipe))
     try:
         composed = config.compose([f"experiment={path.stem}"])
-        built = config.model_geometry(composed)
+        built = derived.model_geometry(composed)
         wrong = _differing({key: value for key, value in geometry.items() if key in built and value}, built)
-        if config.shape_of(composed) != shape or wrong:
-            raise ValueError(f"it composes to {config.shape_of(composed)} with {built}; check conf/.")
+        if derived.shape_of(composed) != shape or wrong:
+            raise ValueError(f"it composes to {derived.shape_of(composed)} with {built}; check conf/.")
     except ValueError as error:
         if before is None:
             path.unlink()

@@ -93,7 +93,8 @@ class _Heads:
 
 
 def _optimize(arguments: argparse.Namespace) -> int:
-    from sovit.config import compose, vit_shape_of
+    from sovit.config import compose
+    from sovit.derived import vit_shape_of
     from sovit.launch import proof
     from sovit.launch.sweep import load_sweep, metric_of
 

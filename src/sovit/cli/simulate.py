@@ -110,7 +110,7 @@ def _runs_dir(arguments: argparse.Namespace) -> list[str]:
 def _shared(configs: Sequence[RunConfig]) -> tuple[Geometry, int]:
     """What all cells must have in common: the geometry that costs depend on, and the draws of an evaluation."""
     from sovit.analysis.forecast.joint import Geometry
-    from sovit.config import model_geometry, vit_shape_of
+    from sovit.derived import model_geometry, vit_shape_of
 
     geometries = {(vit_shape_of(cfg, "simulation").patch_size, *model_geometry(cfg).items()) for cfg in configs}
     draws = {cfg.eval.num_draws for cfg in configs}

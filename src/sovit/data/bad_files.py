@@ -30,7 +30,7 @@ class BadFiles:
         self.beyond = 0  # names that are not kept: at most so many files more
         self.told = ""  # the last summary the user was given
         self._said = 0
-        self._listed: set[str] = set()
+        self._listed: dict[tuple[str, str], tuple[int, int]] = {}  # source -> entries named, and counted beyond
 
     def note(self, name: str, reason: str) -> None:
         """Remember a file; says the first of them on standard error."""
@@ -48,13 +48,14 @@ class BadFiles:
                 file.write(json.dumps({"name": name, "reason": reason}) + "\n")
 
     def note_left_out(self, images: Images) -> None:
-        """Remember what the listing of a source has left out already."""
-        if images.where in self._listed:
-            return
-        self._listed.add(images.where)
-        for name, reason in images.left_out.named:
+        """Remember what a source has left out since it was noted last, the listing of its files to begin with."""
+        key, left_out = (images.where, images.fingerprint), images.left_out
+        named, counted = self._listed.get(key, (0, 0))
+        beyond = left_out.count - len(left_out.named)
+        self._listed[key] = (len(left_out.named), beyond)
+        for name, reason in left_out.named[named:]:
             self.note(f"{images.where}/{name}", reason)
-        self.beyond += images.left_out.count - len(images.left_out.named)
+        self.beyond += beyond - counted
 
     def summary(self, total: int) -> str | None:
         """One sentence such as "3 of 1,234 files could not be used: ...", or None if there were none."""

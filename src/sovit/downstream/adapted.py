@@ -13,7 +13,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from sovit.config import ConfigError, RunConfig, shape_of
+from sovit.config import ConfigError, RunConfig
+from sovit.derived import shape_of
 from sovit.lit.fit import build_model
 from sovit.lit.trained import Trained
 

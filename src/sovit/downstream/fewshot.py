@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from sovit.config import ConfigError, fewshot_name
+from sovit.config import ConfigError
 from sovit.data.stream import FewShotSet
+from sovit.derived import fewshot_name
 from sovit.downstream import sets
 from sovit.fewshot import LOO_GRID, fewshot_errors, fit_ridge, summarise, support_indices
 from sovit.lit.evaluation import extract

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp, softmax
 
-from sovit.config import ConfigError, fewshot_name
+from sovit.config import ConfigError
+from sovit.derived import fewshot_name
 from sovit.downstream import heads, sets
 from sovit.downstream.frozen import features_and_labels
 from sovit.downstream.metrics import detection

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sovit.config import ConfigError, fewshot_name, shape_of
+from sovit.config import ConfigError
 from sovit.data.fractals import fingerprint
 from sovit.data.images import IN_MEMORY
 from sovit.data.order import Order
+from sovit.derived import fewshot_name, shape_of
 from sovit.downstream import iou, pairs, scenes
 from sovit.downstream.adapted import POSITIONS, adapted, check_size
 from sovit.downstream.rates import shown

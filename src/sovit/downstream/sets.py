@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sovit.config import ConfigError, RunConfig, fewshot_name
+from sovit.config import ConfigError, RunConfig
 from sovit.data.bad_files import BadFiles
 from sovit.data.fractals import fingerprint as fingerprint_of_world
 from sovit.data.images import FilePixels, fewshot_set
 from sovit.data.sources import Images, kind_of, open_images
 from sovit.data.stream import FewShotSet, FractalDataset, Slices, digits_fewshot, fractal_fewshot
 from sovit.data.views import TestView
+from sovit.derived import fewshot_name
 from sovit.lit.data import fewshot_images, world_of
 from sovit.schema import EVAL_DATASETS, LARGEST_EMBEDDED
 from sovit.strict import nearest

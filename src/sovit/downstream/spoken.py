@@ -18,7 +18,7 @@ from sovit.language.decoder import Decoder
 from sovit.language.examples import CAPTION, TextImages
 from sovit.language.generate import beam, greedy
 from sovit.language.metrics import bleu, cider, exact, rouge, vqa
-from sovit.language.metrics.interval import bootstrap
+from sovit.language.metrics.interval import bootstrap, share
 from sovit.language.metrics.scores import Scores
 from sovit.language.mixture import most_common, prompt, shortened
 from sovit.language.training import MemoryOf
@@ -102,7 +102,8 @@ def scored(wanted: Sequence[Asked], said: Sequence[str], chance: Sequence[str]) 
         for name, score, used in _metrics(task, [wanted[k] for k in places]):
             at = [places[k] for k in used]
             references = [_references(name, wanted[k]) for k in at]
-            interval = bootstrap(score([said[k] for k in at], references), [wanted[k].row for k in at])
+            scores, rows = score([said[k] for k in at], references), [wanted[k].row for k in at]
+            interval = share(scores.examples, rows) if name == "exact match" else bootstrap(scores, rows)
             found.append(
                 {
                     "task": task,

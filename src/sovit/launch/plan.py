@@ -15,17 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sovit import records
-from sovit.config import (
-    ConfigError,
-    RunConfig,
-    compose,
-    eval_steps,
-    fewshot_name,
-    model_geometry,
-    model_options,
-    shape_of,
-    text_results,
-)
+from sovit.config import ConfigError, RunConfig, compose
+from sovit.derived import eval_steps, fewshot_name, model_geometry, model_options, shape_of, text_results
 from sovit.families import TEXT, activations, blocks, shape_of_record
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.devices import cores, visible_gpus

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from sovit.config import ConfigError, RunConfig, check_parallel
+from sovit.config import ConfigError, RunConfig
 from sovit.launch.devices import visible_gpus
 from sovit.launch.signals import collected
+from sovit.requirements import check_parallel
 from sovit.schema import ParallelConfig
 
 # Exit codes of a cell that mean more here than that it has ended.

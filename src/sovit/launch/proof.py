@@ -15,7 +15,8 @@ import yaml
 
 from sovit import records
 from sovit.analysis.grid import sweep_kind
-from sovit.config import compose, shape_of
+from sovit.config import compose
+from sovit.derived import shape_of
 from sovit.families import VIT
 from sovit.launch.local.kept import KEPT
 from sovit.launch.sweep import COMMAND, PROGRAM, Sweep, SweepError

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sovit import records
-from sovit.config import ConfigError, RunConfig, fewshot_name
+from sovit.config import ConfigError, RunConfig
 from sovit.data.bad_files import BadFiles
 from sovit.data.fractals import FractalWorld, fingerprint
 from sovit.data.images import Batch, ImageStream, check_fewshot, fewshot_set, finish
@@ -22,6 +22,7 @@ from sovit.data.shards import shard_paths
 from sovit.data.sources import SPLITS, Images, kind_of, open_images
 from sovit.data.stream import FewShotSet, FractalDataset, StepSampler, digits_fewshot, fractal_fewshot, make_loader
 from sovit.data.views import TestView, TrainView
+from sovit.derived import fewshot_name
 from sovit.families import TEXT
 from sovit.lit.layout import on_gpu
 from sovit.schema import EVAL_DATASETS

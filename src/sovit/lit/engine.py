@@ -27,8 +27,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sovit import claims, records, schedule
-from sovit.config import ConfigError, RunConfig, compose, eval_steps
+from sovit.config import ConfigError, RunConfig, compose
 from sovit.data.images import Unreadable
+from sovit.derived import eval_steps
 from sovit.launch import processes
 from sovit.lit import checkpoints, layout, sharded
 from sovit.lit.callbacks import Diverged, Stopped

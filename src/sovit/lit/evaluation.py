@@ -16,8 +16,9 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from sovit import metric, records
-from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
+from sovit.config import RunConfig
 from sovit.data.stream import FewShotSet, Slices
+from sovit.derived import eval_steps, model_geometry, shape_of
 from sovit.fewshot import fewshot_errors, summarise, support_indices
 from sovit.flops import forward_gflops
 from sovit.lit.callbacks import Diverged

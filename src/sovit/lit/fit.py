@@ -15,7 +15,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from lightning.pytorch.loggers import Logger
 
 from sovit import records, schedule
-from sovit.config import RunConfig, model_options, num_hidden, num_outputs, shape_of
+from sovit.config import RunConfig
+from sovit.derived import model_options, num_hidden, num_outputs, shape_of
 from sovit.families import TEXT
 from sovit.lit import checkpoints
 from sovit.lit.callbacks import Ema, Evaluate, Log, Resume, Watch

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from sovit import memory, records
-from sovit.config import ConfigError, RunConfig, model_geometry, model_options, shape_of
+from sovit.config import ConfigError, RunConfig
+from sovit.derived import model_geometry, model_options, shape_of
 from sovit.families import TEXT
 from sovit.lit.ranks import Ranks
 from sovit.lit.strategy import shard_size

@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from sovit import records
-from sovit.config import RunConfig, model_geometry, shape_of
+from sovit.config import RunConfig
+from sovit.derived import model_geometry, shape_of
 from sovit.flops import forward_gflops
 from sovit.launch.wandb import run as wandb_run
 

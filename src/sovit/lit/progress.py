@@ -22,7 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sovit.config import RunConfig, model_geometry, shape_of
+from sovit.config import RunConfig
+from sovit.derived import model_geometry, shape_of
 from sovit.flops import train_gflops
 from sovit.launch.tables import duration_text
 from sovit.lit.peak import Peak

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from sovit import records
-from sovit.config import RunConfig, model_geometry, model_options, num_outputs, shape_of
+from sovit.config import RunConfig
+from sovit.derived import model_geometry, model_options, num_outputs, shape_of
 from sovit.families import TEXT
 from sovit.flops import forward_gflops, num_params
 from sovit.launch.pay.hardware import hardware

@@ -69,7 +69,7 @@ def teacher_of(cfg: RunConfig) -> Teacher | None:
 
 def loaded(source: Path) -> tuple[Teacher, RunConfig]:
     """A trained model to be used as it is, with its configuration. Raises ConfigError."""
-    from sovit.config import model_geometry, shape_of
+    from sovit.derived import model_geometry, shape_of
     from sovit.flops import forward_gflops
     from sovit.lit import trained  # which builds models as sovit.lit.fit does, where teachers are asked for
 

@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from sovit import metric, records
-from sovit.config import RunConfig, recall_name
+from sovit.config import RunConfig
+from sovit.derived import recall_name
 from sovit.language.vocabulary import Vocabulary
 from sovit.language.zeroshot import Share, class_weights, errors, recalls
 from sovit.lit.callbacks import Diverged

@@ -1,13 +1,14 @@
 """What a text tower is judged on: images with class names for zero-shot classification, images with captions for retrieval.
 
 ``scenes``: embedded pictures of one thing of a held-out category each, and embedded scenes with their captions. A folder of
-labelled images gives classes by its names, a ``.json`` in COCO's layout captions; its images lie beside it, or with
-data=coco in ``data.root``. Computes no features.
+labelled images gives classes by its names, a ``.json`` in COCO's layout captions; with data=coco its
+images lie in ``data.root``, and otherwise, or where none of them is there, beside it. Computes no features.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sovit.config import RunConfig, fewshot_name
+from sovit.config import ConfigError, RunConfig
 from sovit.data.images import FilePixels
 from sovit.data.sources import Images, kind_of, open_images
 from sovit.data.stream import Slices
 from sovit.data.views import TestView
+from sovit.derived import fewshot_name
 from sovit.language.examples import TextImages
 from sovit.language.facts import NAMES
 from sovit.language.files import FileTexts, open_texts
@@ -95,9 +97,13 @@ def scenes_of(cfg: RunConfig) -> TextImages:
 
 def caption_file(cfg: RunConfig, path: str, images: str | None = None) -> FileTexts:
     """The images that a file in COCO's layout describes. Raises ConfigError."""
+    beside = os.path.dirname(path) or "."
     own = cfg.data.root if cfg.data.name == "coco" else None
-    folder = images or own or os.path.dirname(path) or "."
-    return _captions(os.path.expanduser(path), folder, cfg.model.image_size, cfg.model.channels)
+    size, channels = cfg.model.image_size, cfg.model.channels
+    if own and not images:
+        with suppress(ConfigError):
+            return _captions(os.path.expanduser(path), own, size, channels)
+    return _captions(os.path.expanduser(path), images or beside, size, channels)
 
 
 @lru_cache(maxsize=4)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sovit.config import ConfigError, RunConfig, shape_of
+from sovit.config import ConfigError, RunConfig
+from sovit.derived import shape_of
 from sovit.language.tower import build_tower
 from sovit.language.vocabulary import Vocabulary
 

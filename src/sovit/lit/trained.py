@@ -14,7 +14,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from sovit import records
-from sovit.config import ConfigError, RunConfig, from_mapping, shape_of
+from sovit.config import ConfigError, RunConfig, from_mapping
+from sovit.derived import shape_of
 from sovit.families import TEXT
 from sovit.lit import checkpoints, sharded
 from sovit.lit.fit import build_model

@@ -18,9 +18,10 @@ from typing import Any
 from safetensors import safe_open
 
 from sovit import records
-from sovit.config import ConfigError, RunConfig, model_geometry, model_options
+from sovit.config import ConfigError, RunConfig
 from sovit.data.sources import read_class_list
 from sovit.data.views import CENTRAL
+from sovit.derived import model_geometry, model_options
 from sovit.fewshot import FewshotRow, summarise
 from sovit.flops import forward_flops, num_params
 from sovit.lit.data import train_images

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sovit.config import ConfigError, RunConfig, vit_shape_of
+from sovit.config import ConfigError, RunConfig
 from sovit.data.views import CENTRAL
+from sovit.derived import vit_shape_of
 from sovit.ship import timm_model
 
 CLASSIFIER = "classifier.safetensors"

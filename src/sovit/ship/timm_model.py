@@ -18,8 +18,9 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-from sovit.config import ConfigError, RunConfig, shape_of
+from sovit.config import ConfigError, RunConfig
 from sovit.data.views import CENTRAL
+from sovit.derived import shape_of
 from sovit.families.swin import SwinShape
 from sovit.shape import Shape
 from sovit.ship.weights import WEIGHTS

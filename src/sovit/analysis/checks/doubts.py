@@ -103,7 +103,7 @@ def check_star(
         their_arms = star_arms(theirs, _center_of(theirs, middle), scale)
         add(f"star {other}", each(partial(_other_star, arms=their_arms)), partial(_star, other))
     for what, labels in _metric_groups(metric, by_metric or {}).items():
-        chosen = {label: _usable((by_metric or {})[key], scales.get(key, ERROR)) for label, key in labels.items()}
+        chosen = {label: ((by_metric or {})[key], scales.get(key, ERROR)) for label, key in labels.items()}
         add(what, each(partial(_across, by_metric=chosen, draws=draws, seed=seed)), partial(_metrics, what))
     add("held out", each(lambda name, group, _: held_out(group, name, draws=fewer, seed=seed)), _held_out)
     details["held out, by share"] = each(
@@ -159,9 +159,15 @@ def _without_center(
 
 
 def _across(
-    name: str, group: Sequence[Point], _: RunFit, *, by_metric: Mapping[str, Sequence[Point]], draws: int, seed: int
+    name: str,
+    group: Sequence[Point],
+    _: RunFit,
+    *,
+    by_metric: Mapping[str, tuple[Sequence[Point], Scale]],
+    draws: int,
+    seed: int,
 ) -> Forest | str:
-    same = {label: _same(group, points) for label, points in by_metric.items()}
+    same = {label: _same(group, points, scale) for label, (points, scale) in by_metric.items()}
     return across_metrics(name, same, draws=draws, seed=seed)
 
 
@@ -198,16 +204,10 @@ def _metric_groups(metric: Metric, known: Mapping[Metric, Any]) -> dict[str, dic
     return {what: labels for what, labels in groups.items() if len(labels) > 1}
 
 
-def _usable(points: Sequence[Point], scale: Scale) -> list[Point]:
-    """The points that can be fitted by their metric."""
-    reasons = diagnostics.unusable(points, scale)
-    return [point for point in points if (point.run_id, point.duration) not in reasons]
-
-
-def _same(group: Sequence[Point], points: Sequence[Point]) -> list[Point]:
-    """The runs and durations of a group by another metric."""
-    keys = {(point.run_id, point.duration) for point in group}
-    return [point for point in points if (point.run_id, point.duration) in keys]
+def _same(group: Sequence[Point], points: Sequence[Point], scale: Scale = ERROR) -> list[Point]:
+    """The runs and durations of a group by another metric, as far as that can be fitted."""
+    keys, reasons = {(point.run_id, point.duration) for point in group}, diagnostics.unusable(points, scale)
+    return [point for point in points if (point.run_id, point.duration) in keys - set(reasons)]
 
 
 # Each check's row. The words say what was seen and what would have been.

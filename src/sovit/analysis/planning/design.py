@@ -20,19 +20,11 @@ import numpy as np
 from sovit.analysis.intervals import index_runs
 from sovit.analysis.law import Law
 from sovit.analysis.planning.exchange import MAX_SEEDS, MIN_SIZES, Pool, Run, make_pool, search
-from sovit.analysis.planning.information import (
-    Arm,
-    Array,
-    Expected,
-    Spread,
-    arm,
-    expect,
-    summary,
-    together,
-)
+from sovit.analysis.planning.information import Arm, Array, Expected, Spread, arm, expect, summary, together
 from sovit.analysis.points import AnyDimensions
 from sovit.analysis.star import HEADLINE
-from sovit.config import RunConfig, eval_steps, model_geometry, shape_of
+from sovit.config import RunConfig
+from sovit.derived import eval_steps, model_geometry, shape_of
 from sovit.duration import Duration
 from sovit.flops import forward_gflops
 from sovit.schedule import segments, steps_trained

@@ -26,7 +26,7 @@ from sovit.analysis.forecast.joint import Geometry
 from sovit.analysis.law import Law
 from sovit.analysis.points import DIMENSIONS, Dimensions
 from sovit.analysis.star import find_center
-from sovit.config import nearest
+from sovit.strict import nearest
 
 Array = NDArray[np.float64]
 Triple = tuple[float, float, float]  # a value each for width, depth and mlp_dim
