@@ -99,6 +99,9 @@ def caption_holds(scene, text):
     return sorted(complete) == names
 
 
+THERE = r"the thing in the (\w+) (\w+)"
+
+
 def answer_to(scene, question):
     """The answer to a question. Raises if it is of no kind."""
 
@@ -107,6 +110,9 @@ def answer_to(scene, question):
 
     def attributes(place):
         return scene[place][1:]
+
+    def called(line, column):
+        return scene[spot(line, column)][0]
 
     def yes(truth):
         return "yes" if truth else "no"
@@ -132,17 +138,19 @@ def answer_to(scene, question):
         r"which is the (highest|lowest) digit\?": lambda a: {"highest": max, "lowest": min}[a](digits),
         r"which digit is (\w+)\?": lambda a: only(name for name in digits if a in attributes(at(name))),
         rf"is the (\w+) {relation} the (\w+)\?": lambda a, b, c: yes(holds(scene, at(a), b, at(c))),
-        r"is the (\w+) (\w+er) than the (\w+)\?": lambda a, b, c: yes(ahead(a, more[b], c) == a),
+        rf"is {THERE} (\w+er) than {THERE}\?": lambda a, b, c, d, e: yes(
+            ahead(called(a, b), more[c], called(d, e)) == called(a, b)
+        ),
         r"which is (\w+er), the (\w+) or the (\w+)\?": lambda a, b, c: ahead(b, more[a], c),
-        r"are the (\w+) and the (\w+) of the same (size|brightness)\?": lambda a, b, c: yes(
-            attributes(at(a))[c == "brightness"] == attributes(at(b))[c == "brightness"]
+        rf"are {THERE} and {THERE} of the same (size|brightness)\?": lambda a, b, c, d, e: yes(
+            attributes(spot(a, b))[e == "brightness"] == attributes(spot(c, d))[e == "brightness"]
         ),
         r"are there more (.+) than (.+)\?": lambda a, b: yes(members(scene, a) > members(scene, b)),
         rf"what is directly {relation} the (\w+)\?": lambda a, b: scene.get(beyond(b, a), ("nothing",))[0],
         rf"is the thing directly {relation} the (\w+) (\w+) or (\w+)\?": lambda a, b, c, d: next(
             word for word in attributes(beyond(b, a)) if word in (c, d)
         ),
-        r"is the (\w+) (small|large) and (dim|bright)\?": lambda a, b, c: yes(attributes(at(a)) == (b, c)),
+        rf"is {THERE} (small|large) and (dim|bright)\?": lambda a, b, c, d: yes(attributes(spot(a, b)) == (c, d)),
         r"is the (\w+) in the (\w+) half\?": lambda a, b: yes(
             b in (("left", "right")[at(a)[0]], ("upper", "lower")[at(a)[1]])
         ),

@@ -36,7 +36,7 @@ class Config:
     test: Files = field(default_factory=Files)
     vocabulary: str | None = None  # a tokenizer.json; null: the one that is shipped
     decoder: str | None = None  # a .safetensors of an earlier result: scored without training
-    num_train: int = 2048  # embedded scenes
+    num_train: int = 4096  # embedded scenes
     num_test: int = 512
     image_size: int | None = None  # null: the model's own
     positions: str = "bilinear"  # at another image_size: bilinear (big_vision's rule) | bicubic (timm's default)
@@ -53,7 +53,7 @@ class Config:
     optimizer: str = "adamw"  # adamw | adafactor
     lr: float = 6e-3
     weight_decay: float = 1e-4  # relative to lr
-    steps: int | None = 1500  # of the decoder, and again of the blind one
+    steps: int | None = 4000  # of the decoder, and again of the blind one
     epochs: float | None = None  # instead of steps: times that all captions and questions are seen
     global_batch_size: int = 32
     warmup: float = 0.1  # share of the steps

@@ -141,7 +141,7 @@ def _is_more(facts: Facts, dice: Dice) -> Asked | None:
     field, first, second = found
     more = dice.below(2)
     more_of_first = _ORDERED[field].index(getattr(first, field))
-    return f"is the {first.name} {_MORE[field][more]} than the {second.name}?", _yes(more == more_of_first)
+    return f"is {_there(first)} {_MORE[field][more]} than {_there(second)}?", _yes(more == more_of_first)
 
 
 def _which_is_more(facts: Facts, dice: Dice) -> Asked | None:
@@ -160,7 +160,7 @@ def _is_same(facts: Facts, dice: Dice) -> Asked | None:
     first, second = dice.order(facts.things)[:2]
     field = dice.pick(("size", "brightness"))
     same = getattr(first, field) == getattr(second, field)
-    return f"are the {first.name} and the {second.name} of the same {field}?", _yes(same)
+    return f"are {_there(first)} and {_there(second)} of the same {field}?", _yes(same)
 
 
 def _are_more(facts: Facts, dice: Dice) -> Asked | None:
@@ -197,7 +197,7 @@ def _is_both(facts: Facts, dice: Dice) -> Asked:
     true = (thing.size, thing.brightness)
     yes = dice.below(2)
     size, brightness = true if yes else dice.pick([pair for pair in pairs if pair != true])
-    return f"is the {thing.name} {size} and {brightness}?", _yes(yes)
+    return f"is {_there(thing)} {size} and {brightness}?", _yes(yes)
 
 
 def _is_on_side(facts: Facts, dice: Dice) -> Asked:
@@ -214,6 +214,11 @@ _MAKERS: dict[str, Sequence[Callable[[Facts, Dice], Asked | None]]] = {
         *(_is_both, _is_on_side),
     ),
 }
+
+
+def _there(thing: Thing) -> str:
+    """A thing by its place, for questions that do not ask for names: small encoders tell places before names."""
+    return f"the thing in the {thing.place}"
 
 
 def _yes(value: int | bool) -> str:
