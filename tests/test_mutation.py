@@ -19,19 +19,11 @@ import pytest
 import yaml
 
 from sovit import cli, config, train
-from sovit.config import (
-    CHOICES,
-    CONF_DIR,
-    EVAL_DATASETS,
-    ConfigError,
-    compose,
-    config_groups,
-    from_mapping,
-    schema_keys,
-)
+from sovit.config import CONF_DIR, ConfigError, compose, config_groups, from_mapping, schema_keys
 from sovit.launch.local import runner as local
 from sovit.launch.pay import throughput
 from sovit.launch.sweep import TOP_LEVEL_KEYS
+from sovit.schema import CHOICES, EVAL_DATASETS
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 SMOKE = str(next(file for file in SWEEPS if file.stem == "star_smoke"))

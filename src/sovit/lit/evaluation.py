@@ -180,10 +180,11 @@ def extract(
     model: torch.nn.Module,
     images: torch.Tensor | Slices,
     ranks: Ranks | None = None,
-    of: Callable[..., torch.Tensor] = features,
+    of: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Pre-logits (N, width) of images (N, channels, size, size), or what ``of(model, images)`` makes of them, in batches,
-    as float32 on the CPU.
+    """Pre-logits (N, width) of images (N, channels, size, size), in batches, as float32 on the CPU.
+
+    ``of(model, images)``: what is made of a batch instead.
 
     ``images`` is a tensor, or anything with a length whose slices are tensors. Every process works on its share, in the
     same number of batches, and the first one gets them all.
@@ -200,5 +201,6 @@ def extract(
         num = min(size, mine.start + most - start)
         if len(batch) < num:  # a sharded model is computed by all processes together
             batch = torch.cat([batch, batch.new_zeros(num - len(batch), *batch.shape[1:])])
-        parts.append(of(model, batch.to(weights.device, weights.dtype)).float().cpu())
+        found = (of or features)(model, batch.to(weights.device, weights.dtype))  # type: ignore[arg-type]
+        parts.append(found.float().cpu())
     return ranks.collect(torch.cat(parts), len(images))
