@@ -85,7 +85,10 @@ def row(case: Case, stars: int, seed: int) -> tuple[str, ...]:
 
 
 def _share(share: float, num: int) -> str:
-    return f"{share:.0%} ± {math.sqrt(share * (1 - share) / num):.0%}"
+    """With its 95% interval (Wilson's), which has a width at 0 and 1 too."""
+    middle, weight = (share + 1.92 / num) / (1 + 3.84 / num), 1.96 / (1 + 3.84 / num)
+    half = weight * math.sqrt(share * (1 - share) / num + 0.96 / num**2)
+    return f"{share:.0%} ({max(0.0, middle - half):.0%} to {min(1.0, middle + half):.0%})"
 
 
 def main() -> None:

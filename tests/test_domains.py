@@ -1,14 +1,17 @@
 """Two metrics of one star: equal and unequal paths drawn from laws that are known, and what `sovit compare` says of them."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sovit import cli
+from sovit.analysis import domains
 from sovit.analysis.checks.heterogeneity import across_metrics
 from sovit.analysis.domains import Domains, _jackknife, beside
 from sovit.analysis.points import Point
@@ -65,6 +68,20 @@ def test_paths_that_are_one_are_seldom_called_two() -> None:
             alarms[k] += one.p <= 0.05
             covered[k] += one.ratio.lo <= 1 <= one.ratio.hi
     assert np.all(alarms <= 2) and np.all(covered >= 6)
+
+
+def test_a_run_without_which_there_is_no_optimum_leaves_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logarithm of a best size of 0 was a traceback's words for the whole star."""
+    whole = domains.fits_in_common
+
+    def bent(*arguments: Any) -> Any:
+        common = whole(*arguments)
+        one = common.fits["second"]
+        laws = (dataclasses.replace(one.without[0], alpha=0.0), *one.without[1:])
+        return dataclasses.replace(common, fits=common.fits | {"second": dataclasses.replace(one, without=laws)})
+
+    monkeypatch.setattr(domains, "fits_in_common", bent)
+    assert of_depth(0).dimensions["depth"].why == "without one of the runs the best law has no optimum"
 
 
 @pytest.mark.full

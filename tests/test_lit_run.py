@@ -163,6 +163,12 @@ REFUSED = {
     "images without texts": (["data=fractals"], "data=fractals has no texts"),
     "texts for a model of images": (["model=tiny"], "no effect on model.family=tiny|no effect on model.family=vit"),
     "another loss": (["optim.loss=masked"], "optim.loss=masked is for images"),
+    "two results of one name": (
+        ["eval.datasets=[scenes,./scenes.json]"],
+        "two results would be called scenes_image_to",
+    ),
+    "a name that means a decoder": (["eval.datasets=[./multitask/]"], "would be called as the results of metric=multi"),
+    "pooling of another library's tower": (["text.tower=any", "text.pool=map"], "text.pool=map has no effect"),
     "a typo": (["text.lenght=3"], "did you mean 'text.length'"),
     "a bias without a use": (["optim.loss=softmax", "text.init_bias=-5"], "no effect on optim.loss=softmax"),
     "few-shot sets": (["eval.datasets=[fractals]"], "'fractals' is not known"),

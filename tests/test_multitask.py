@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sovit.data.sources import LeftOut
 from sovit.downstream import multitask, spoken
 from sovit.downstream.frozen_tokens import FrozenTokens, tokens
 from sovit.downstream.multitask import check, depends, run, text
@@ -19,6 +20,7 @@ from sovit.downstream.multitask_config import Config, Files
 from sovit.downstream.spoken import Asked, by_chance, scored
 from sovit.downstream.tasks import TASKS, compose
 from sovit.language.examples import Question
+from sovit.language.files import open_texts
 from sovit.language.scenes import scenes
 from sovit.language.vocabulary import save, train
 from sovit.lit.trained import Trained
@@ -143,6 +145,9 @@ def test_the_decoders_file_gives_the_same_scores_without_training(
     for key in ("log_perplexity", "scores", "said"):
         assert again[key] == result[key]
     assert "another encoder" not in "\n".join(text(again))
+    longer = dataclasses.replace(cfg, length=64)  # the recipe's default: texts are cut to what the file reads
+    check(longer, trained)
+    assert run(trained, longer, tmp_path / "longer")["log_perplexity"] == result["log_perplexity"]
     other = untrained(seed=1)
     object.__setattr__(other.weights, "run_id", "another")
     assert "trained on another encoder" in "\n".join(text(run(other, cfg, tmp_path / "other")))
@@ -160,6 +165,7 @@ def test_a_decoder_for_something_else_is_one_sentence(
         (dataclasses.replace(cfg, vocabulary=str(tmp_path / "words.json")), trained, "another vocabulary"),
         (dataclasses.replace(cfg, decoder=str(tmp_path / "words.json")), trained, "cannot be read"),
         (dataclasses.replace(cfg, decoder=str(tmp_path / "none")), trained, "cannot be read"),
+        (dataclasses.replace(cfg, max_tokens=40), trained, "reads 24 tokens.* task.max_tokens=40; give 16 or fewer"),
     ):
         with pytest.raises(ConfigError, match=message):
             check(changed, of)
@@ -215,6 +221,29 @@ def test_tokens_are_the_encoders_and_kept_pieces_are_the_same(
     flown = FrozenTokens(trained.model, source, tmp_path / "none", "train")
     torch.testing.assert_close(flown(rows), expected[rows], rtol=0, atol=1e-6)
     assert not (tmp_path / "none").exists()
+
+
+def test_images_that_cannot_be_read_are_counted_after_a_kill_too(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sovit.downstream.frozen_tokens.PIECE", 2)
+    files = write_files(tmp_path / "train", 6)
+    (tmp_path / "train" / "images" / "3.png").write_bytes(b"no image")
+
+    def left_out() -> LeftOut:
+        source = open_texts(str(files.images), gqa=files.gqa, size=16, channels=1)
+        FrozenTokens(trained.model, source, tmp_path / "work", "train")
+        return source.left_out
+
+    first = left_out()
+    assert first.count == 1 and first.named[0][0] == "3.png"
+    assert left_out() == first  # from the pieces that the first has left
+
+
+def test_a_question_cannot_command_the_terminal(whole: tuple[dict[str, Any], Path]) -> None:
+    said = [one | {"question": "what\x1b[2J?"} for one in whole[0]["said"]]
+    left_out = {"train": {"count": 1, "named": [["a\x1b]0;b\x07.png", "it is empty"]]}}
+    assert "\x1b" not in "\n".join(text(whole[0] | {"said": said, "left_out": left_out}))
 
 
 def write_files(folder: Path, num: int) -> Files:

@@ -146,6 +146,7 @@ def test_runs_recorded_before_the_metric_are_still_the_ones_that_are_asked_for()
         (["eval.decoder_width=32"], "no effect without a decoder; write metric=multitask"),
         (["metric=multitask", "eval.datasets=[pictures/multitask]"], "rename the folder"),
         (["metric=multitask", "eval.test_scenes=0"], "must be positive"),
+        (["metric=multitask", "eval.decoder_width=30"], "eval.decoder_width=30 is not divisible by the 4 heads"),
         (["metric=multitsk"], "did you mean 'multitask'"),
         (["metric=multitask", "model.image_size=512"], "above 256"),
     ],

@@ -1,5 +1,6 @@
 """sovit status: what the files of a sweep say about its cells, time, cost and exponents, live and for scripts."""
 
+import dataclasses
 import io
 import json
 import math
@@ -78,6 +79,19 @@ def write(
 
 def seen(sweep: Path) -> dict[str, CellStatus]:
     return {cell.run_id: cell for cell in look(target_of(sweep, [], METRIC)).cells}
+
+
+def test_runs_without_a_sweep_file_are_shown_by_a_metric_that_they_evaluate(tmp_path: Path) -> None:
+    """A text tower has no few-shot error, so its column stood empty."""
+    cfg = dataclasses.asdict(compose(["experiment=lit_tiny", "text.encoder=runs/any"]))
+    name = "made_up-w0032-d02-m0128-h04-l040-s0"
+    write(tmp_path, name, errors={8.0: 0.5, 16.0: 0.3})
+    record = records.read_run(tmp_path / name) or {}
+    records.write_json(tmp_path / name / records.RUN, record | {"config": cfg})
+    evals = tmp_path / name / records.EVALS
+    evals.write_text(evals.read_text().replace('"fractals"', '"scenes"').replace('"shots": 10', '"shots": 0'))
+    assert target_of(tmp_path, [], METRIC).metric == ("scenes", 0)
+    assert seen(tmp_path)[name].error == pytest.approx(0.3)
 
 
 def printed(sweep: SweepStatus, width: int, **options: Any) -> list[str]:

@@ -60,6 +60,16 @@ def test_of_a_cell_with_several_processes_the_share_of_one_is_timed() -> None:
         assert throughput._guess(cell) == throughput._guess(other)
 
 
+def test_decoders_are_in_a_plan_and_not_in_a_measurement() -> None:
+    """Their updates were counted among the model's, and a cell ran into the time limit."""
+    decoders = ("metric=multitask", "eval.decoder_draws=2", "eval.decoder_steps=500")
+    made, alone = planned(FEW, *decoders), planned(FEW)
+    for cell, other in zip(made.cells, alone.cells, strict=True):
+        assert not compose(throughput._overrides(cell, 20, Path("scratch"))).eval.multitask
+        assert throughput._what(cell) == throughput._what(other)
+        assert cell.seconds - other.seconds > 2 * 500 * len(cell.evaluations) * CPU.block_s
+
+
 def timing(made: Plan, number: int, model: TimeModel, noise: float = 1.0) -> Timing:
     """What a cell would take by a model; the noise is on the updates."""
     cell = made.cells[number]

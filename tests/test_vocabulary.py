@@ -36,7 +36,7 @@ def random_texts():
 def test_texts_come_back_as_the_normaliser_leaves_them():
     for text in [*STRANGE.values(), *random_texts(), *list(scenes.texts(50))]:
         ids = SHIPPED.ids(text)
-        assert SHIPPED.text(ids) == SHIPPED.normalise(text)
+        assert SHIPPED.text(ids) == SHIPPED.tokenizer.normalizer.normalize_str(text)
         assert all(0 <= k < SHIPPED.size for k in ids)
         assert not {SHIPPED.pad, SHIPPED.bos, SHIPPED.eos} & set(ids)
 
@@ -195,6 +195,8 @@ def test_what_is_no_vocabulary_is_one_sentence(tmp_path):
     assert all("tokenizers library" in said[name] for name in ("binary.json", "list.json", "half.json", "coco.json"))
     with pytest.raises(ValueError, match=r"has no token for the end of a text; it needs one of <eos>, </s>, "):
         written(tmp_path / "t.json", ("<pad>",))
+    with pytest.raises(ValueError, match=r"cannot read every text .*; it needs a token for what it does not know\.$"):
+        written(tmp_path / "t.json", ("</s>",), lambda words: models.WordLevel({"</s>": 0, "a": 1}, unk_token="?"))
 
 
 # --------------------------------------------------------------------------------------------------------- command

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from sovit.language import zeroshot
-from sovit.language.sentences import PROMPTS
 from sovit.language.vocabulary import load
 from sovit.language.zeroshot import PHOTO_TEMPLATES, check_templates, class_weights, errors, predictions, recalls
+from sovit.lit.text_targets import SCENE_TEMPLATES as PROMPTS
 
 LENGTH = 16
 

@@ -76,8 +76,8 @@ def to_steps(
     elif duration.unit == "epochs":
         if examples_per_epoch is None:
             raise ValueError(
-                f"A duration of {duration} needs data.num_examples, how many pairs an epoch has; give it, or write steps or "
-                "examples."
+                f"A duration of {duration} needs data.num_examples, how many pairs an epoch of images with texts has "
+                "(data=scenes, pairs or coco); give it, or write steps or examples."
             )
         steps = duration.value * examples_per_epoch / global_batch_size
     else:

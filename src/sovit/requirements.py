@@ -9,13 +9,14 @@ import dataclasses
 import re
 from typing import Any
 
-from sovit.derived import eval_steps, fewshot_name, num_hidden, shape_of
+from sovit.derived import eval_steps, fewshot_name, num_hidden, shape_of, text_results
 from sovit.families import ARGUMENTS, EXAMPLES, FAMILIES, TEXT, VIT
 from sovit.flops import check_pos_embed
 from sovit.metric import is_multitask
 from sovit.schedule import segments
 from sovit.schema import (
     CHOICES,
+    DECODER_HEADS,
     EVAL_DATASETS,
     EVAL_TEXTS,
     KEYS_OF_DECODER,
@@ -152,6 +153,10 @@ def check_text(cfg: RunConfig) -> None:
                 f"model.{key}={getattr(model, key)} has no effect on model.family=text; "
                 f"write {'null' if usual is None else usual}."
             )
+    names = text_results(cfg)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"eval.datasets={cfg.eval.datasets}: two results would be called {twice}; rename a file.")
     if cfg.data.name not in PAIRS:
         raise ConfigError(
             f"data={cfg.data.name} has no texts; with model.family=text write data=scenes, pairs or coco."
@@ -171,6 +176,10 @@ def check_text(cfg: RunConfig) -> None:
         )
     if cfg.eval.multitask:
         raise ConfigError("metric=multitask judges the tokens of images; with model.family=text write metric=fewshot.")
+    if text.tower is not None and text.pool != default.pool:
+        raise ConfigError(
+            f"text.pool={text.pool} has no effect on text.tower, which has its own way; write {default.pool}."
+        )
     if text.locked and text.tower is None:
         raise ConfigError("text.locked=true would keep a tower as it was drawn; give text.tower, or write false.")
     if text.length < 2:
@@ -295,18 +304,22 @@ def check_metric(cfg: RunConfig) -> None:
         value = getattr(cfg.eval, key)
         if value != getattr(default, key):
             raise ConfigError(f"eval.{key}={value} has no effect without a decoder; write metric=multitask.")
+    for dataset in cfg.eval.datasets if cfg.eval.multitask or cfg.model.family == TEXT else ():
+        if is_multitask(fewshot_name(dataset)):
+            raise ConfigError(
+                f"eval.datasets: {dataset!a} would be called as the results of metric=multitask are; rename the folder."
+            )
     if not cfg.eval.multitask:
         return
+    if cfg.eval.decoder_width % DECODER_HEADS:
+        raise ConfigError(
+            f"eval.decoder_width={cfg.eval.decoder_width} is not divisible by the {DECODER_HEADS} heads of a decoder."
+        )
     if cfg.model.image_size > LARGEST_EMBEDDED:
         raise ConfigError(
             f"model.image_size={cfg.model.image_size} is above {LARGEST_EMBEDDED}, the largest size of the embedded scenes "
             "that metric=multitask shows; write a smaller one, or metric=fewshot."
         )
-    for dataset in cfg.eval.datasets:
-        if is_multitask(fewshot_name(dataset)):
-            raise ConfigError(
-                f"eval.datasets: {dataset!a} would be called as the results of metric=multitask are; rename the folder."
-            )
 
 
 def check_parallel(parallel: ParallelConfig, global_batch_size: int, precision: str) -> None:

@@ -306,6 +306,7 @@ KEYS_OF_LOSS = {
     "teacher": "distilled",
     "temperature": "distilled",
 }  # of optim: which loss reads it
+DECODER_HEADS = 4  # of metric=multitask
 KEYS_OF_DECODER = (  # of eval; read with eval.multitask only
     "train_scenes",
     "test_scenes",

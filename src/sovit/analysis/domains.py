@@ -6,7 +6,7 @@ run brings to both cancels: the standard error of a difference of logarithms is 
 difference, and what it is compared with is the same in sweeps drawn by the laws as fitted, with each metric's own noise,
 correlated as measured. SoViT (arXiv 2305.13035, figure 1) has exponents that hardly differ between image classification
 and image to text, and another optimal small shape. Not here: more metrics than two (`checks.heterogeneity`), two stars
-(`comparison`). Size, coverage and power by simulation: benchmarks/domains.md.
+(`comparison`). Size, coverage and power by simulation: benchmarks/domains.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sovit.analysis.checks.heterogeneity import DRAWS, Common, fits_in_common, m
 from sovit.analysis.checks.stability import EXPONENT, Function
 from sovit.analysis.comparison import holm
 from sovit.analysis.intervals import Interval
+from sovit.analysis.law import Law
 from sovit.analysis.points import Point
 from sovit.analysis.star import StarFit
 
@@ -150,6 +151,8 @@ def _pair(
     if isinstance(common, str):
         return f"of the evaluations that both metrics can use, {common}"
     times = _times(common)
+    if not all(np.all(_bounded(law, times)) for one in common.fits.values() for law in one.without):
+        return "without one of the runs the best law has no optimum"
     functions: list[Function] = [EXPONENT, *(optimum_at(time, common.x, common.t) for time in times)]
     drawn = moves_by_chance(common, draws, seed, functions)
     if drawn is None:
@@ -181,6 +184,11 @@ def _times(common: Common) -> list[float]:
     """The least, the middle and the largest compute."""
     low, high = float(common.t.min()), float(common.t.max())
     return [low, math.sqrt(low * high), high]
+
+
+def _bounded(law: Law, times: Sequence[float]) -> NDArray[np.bool_]:
+    best = law.optimum(times)
+    return (best > 0) & (best < math.inf)
 
 
 def _values(common: Common, function: Function) -> tuple[Array, Array]:

@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from sovit.cli.options import positive
+
 if TYPE_CHECKING:
     from sovit.memory import Model
 
@@ -17,9 +19,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     shape = commands.add_parser("shape", help="parameters and FLOPs of a shape")
     add_model(shape)
     shape.add_argument(
-        "--family", choices=("vit", "mixer", "swin"), default="vit",
-        help="mixer: WIDTHxDEPTHxTOKENxMLP; swin: WIDTHxDEPTHxMLP of the first stage, depth of the third (default: vit)",
+        "--family", choices=("vit", "mixer", "swin", "text"), default="vit",
+        help="mixer: WIDTHxDEPTHxTOKENxMLP; swin: WIDTHxDEPTHxMLP of the first stage, depth of the third; text: "
+        "WIDTHxDEPTHxMLP of a text tower (default: vit)",
     )  # fmt: skip
+    shape.add_argument("--length", type=positive, help="tokens of a text; a named tower brings its own, 16 otherwise")
     shape.add_argument("--stages", type=int, help="of a Swin transformer; a named one brings its own, 4 otherwise")
     shape.add_argument("--window", type=int, help="of a Swin transformer, tokens a side; 7 unless it is named")
     shape.add_argument("--json", action="store_true", help="print JSON")
@@ -34,7 +38,10 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--patch", type=int, help="patch size in pixels; a named shape brings its own, 14 otherwise")
     command.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
     command.add_argument("--channels", type=int, default=3, help="default: %(default)s")
-    command.add_argument("--pool", help="map, avg or token (default: map; avg for families without the others)")
+    command.add_argument(
+        "--pool",
+        help="map, avg or token (default: map; avg for families without the others); of texts last, map or avg",
+    )
     command.add_argument("--classes", type=int, default=0, help="of a classifier; 0 for none (default)")
     command.add_argument(
         "--recipe",
@@ -73,9 +80,9 @@ def _shape(arguments: argparse.Namespace) -> int:
 
     if arguments.family != "vit":
         return _of_family(arguments)
-    for option in ("stages", "window"):
+    for option, family in {"stages": "swin", "window": "swin", "length": "text"}.items():
         if getattr(arguments, option) is not None:
-            raise ValueError(f"--{option} is for --family swin; a ViT has none.")
+            raise ValueError(f"--{option} is for --family {family}; a ViT has none.")
     model = model_of(arguments)
     shape = model.shape
     geometry = {"channels": model.channels, "pool": model.pool, "num_classes": model.num_classes}
@@ -106,7 +113,7 @@ def _shape(arguments: argparse.Namespace) -> int:
 
 def _of_family(arguments: argparse.Namespace) -> int:
     """Parameters and FLOPs of a shape of another family than ViT."""
-    from sovit.families import FAMILIES
+    from sovit.families import FAMILIES, TEXT
     from sovit.flops import forward_flops, num_params
 
     family = FAMILIES[arguments.family]
@@ -118,6 +125,10 @@ def _of_family(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{option.replace('_', '-')} has no meaning for --family {family.name}; leave it out.")
     if arguments.heads is not None and arguments.head_dim is not None:
         raise ValueError("--heads and --head-dim: give one of the two.")
+    if family.name == TEXT:
+        return _of_texts(arguments)
+    if arguments.length is not None:
+        raise ValueError(f"--length is for --family {TEXT}; leave it out with --family {family.name}.")
     name, slash, _ = arguments.shape.strip().partition("/")
     usual = {} if name in family.named else {"stages": 4, "window": 7, "patch_size": None if slash else 16}
     given = {"num_heads": arguments.heads, "stages": arguments.stages, "window": arguments.window}
@@ -150,8 +161,39 @@ def _of_family(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_groups(params: dict[str, int], flops: dict[str, int]) -> None:
-    print(f"{'':<24}{'parameters':>16}{'forward GFLOPs/image':>24}")
+def _of_texts(arguments: argparse.Namespace) -> int:
+    """Parameters and FLOPs of a text tower, as far as its shape tells."""
+    from sovit.families import FAMILIES, TEXT
+    from sovit.flops import forward_flops, num_params
+
+    family = FAMILIES[TEXT]
+    for option in ("patch", "classes"):
+        if getattr(arguments, option):
+            raise ValueError(f"--{option} has no meaning for --family {TEXT}; leave it out.")
+    length = 16 if arguments.length is None and arguments.shape.strip() not in family.named else arguments.length
+    shape = family.make(arguments.shape, head_dim=arguments.head_dim, num_heads=arguments.heads, length=length)
+    pool = arguments.pool or "last"
+    flops, params = forward_flops(shape, 1, pool=pool), num_params(shape, 1)  # of an image's size nothing is read
+    if arguments.json:
+        content = {
+            **shape.as_dict(),
+            "pool": pool,
+            "num_params": sum(params.values()),
+            "forward_gflops": sum(flops.values()) / 1e9,
+            "params_by_group": params,
+            "forward_flops_by_group": flops,
+        }
+        print(json.dumps(content, indent=1))
+        return 0
+    own = ", ".join(f"{key} {value}" for key, value in shape.as_dict().items() if key != "family")
+    print(f"{family.title} {shape}: {own}, pool {pool}\n")
+    _print_groups(params, flops, "text")
+    print("Not among the parameters: the table of words, a pooling head, the projection, scale and bias of the loss.")
+    return 0
+
+
+def _print_groups(params: dict[str, int], flops: dict[str, int], of: str = "image") -> None:
+    print(f"{'':<24}{'parameters':>16}{f'forward GFLOPs/{of}':>24}")
     for group in dict.fromkeys([*flops, *params]):
         if params.get(group) or flops.get(group):
             print(f"{group.replace('_', ' '):<24}{params.get(group, 0):>16,}{flops.get(group, 0) / 1e9:>24.6g}")

@@ -66,7 +66,7 @@ def read(path: Path, vocabulary: Vocabulary, encoder_width: int) -> tuple[dict[s
         recipe = Recipe(**{key: value for key, value in json.loads(metadata["decoder"]).items() if key in known})
         identity, about = metadata["vocabulary"], json.loads(metadata["about"])
         width = tensors[f"{SEEING}.memory_proj.weight"].shape[1]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError):
         raise ConfigError(f"task.decoder={path} holds no decoder; give a file that task=multitask left.") from None
     if identity != vocabulary.identity:
         raise ConfigError(
@@ -80,12 +80,12 @@ def read(path: Path, vocabulary: Vocabulary, encoder_width: int) -> tuple[dict[s
         )
     decoders = {}
     for kind in (SEEING, BLIND):
-        with torch.random.fork_rng(devices=[]):
-            decoder = decoder_of(recipe, vocabulary, encoder_width)
         own = {name.removeprefix(f"{kind}."): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}
         try:
+            with torch.random.fork_rng(devices=[]):
+                decoder = decoder_of(recipe, vocabulary, encoder_width)
             decoder.load_state_dict(own)
-        except RuntimeError:
+        except (RuntimeError, TypeError, ValueError):
             raise ConfigError(
                 f"task.decoder={path} does not hold the decoder that it describes; train it anew."
             ) from None

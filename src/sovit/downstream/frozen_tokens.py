@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sovit import records
 from sovit.config import ConfigError
 from sovit.data.images import IN_MEMORY
+from sovit.data.sources import NAMED
 from sovit.language.examples import TextImages
+from sovit.lit.multitask import tokens
 
 AT_ONCE = 128  # images in one forward pass
 PIECE = 4096  # images whose tokens lie in one file
-
-
-@torch.no_grad()
-def tokens(model: nn.Module, images: Tensor) -> Tensor:
-    """Tokens [B, T, width] after the last norm, a class token among them, of images [B, channels, size, size]."""
-    found: Tensor = model.forward_features(images)  # type: ignore[operator]
-    return found.flatten(1, 2) if found.ndim == 4 else found
 
 
 class FrozenTokens:
     """The tokens [B, T, width] of some rows of a source, on the model's device.
 
     They are made once and kept if they take at most IN_MEMORY bytes: in memory, and piece by piece in ``work``, where a
-    killed process finds them again. Raises ConfigError where they are not finite.
+    killed process finds them again, with the images that could not be read. Raises ConfigError where they are not finite.
     """
 
     def __init__(self, model: nn.Module, source: TextImages, work: Path, name: str) -> None:
@@ -47,6 +43,7 @@ class FrozenTokens:
             return self._made(rows)
         return self._kept[list(rows)].to(self.device)
 
+    @torch.no_grad()
     def _made(self, rows: Sequence[int]) -> Tensor:
         """Every image once, however many texts of it are asked for."""
         once = {row: place for place, row in enumerate(dict.fromkeys(rows))}
@@ -62,14 +59,21 @@ class FrozenTokens:
     def _piece(self, begin: int, work: Path, name: str) -> Tensor:
         rows = range(begin, min(begin + PIECE, len(self.source)))
         path = work / f"{name}-{begin:09d}.safetensors"
+        left_out = self.source.left_out
         try:
-            return load_file(path)["tokens"]
-        except (FileNotFoundError, SafetensorError):
+            with safe_open(path, framework="pt") as file:
+                found, lacking = file.get_tensor("tokens"), json.loads((file.metadata() or {})["left_out"])
+            left_out.count += lacking["count"]
+            left_out.named += [(name, reason) for name, reason in lacking["named"]][: NAMED - len(left_out.named)]
+            return found
+        except (FileNotFoundError, SafetensorError, KeyError):
             pass
+        count, named = left_out.count, len(left_out.named)
         found = self._made(rows).cpu()
         if len(self.source) > PIECE:  # less is quicker made than kept
             work.mkdir(parents=True, exist_ok=True)
             scratch = records.scratch_of(path)
-            save_file({"tokens": found}, scratch)
+            lacking = {"count": left_out.count - count, "named": left_out.named[named:]}
+            save_file({"tokens": found}, scratch, {"left_out": json.dumps(lacking)})
             scratch.replace(path)
         return found

@@ -18,7 +18,7 @@ from sovit.downstream import decoder_file
 from sovit.downstream.adapted import adapted, check_size
 from sovit.downstream.decoder_file import BLIND, SEEING
 from sovit.downstream.frozen_tokens import FrozenTokens
-from sovit.downstream.multitask_config import Config, check_values, recipe_of
+from sovit.downstream.multitask_config import QUESTION, Config, check_values, recipe_of
 from sovit.downstream.multitask_parts import examples_in, size_of, sources, vocabulary_of
 from sovit.downstream.multitask_text import lines
 from sovit.downstream.sets import digest
@@ -41,9 +41,8 @@ def check(cfg: Config, trained: Trained) -> None:
     check_size(trained, size)
     vocabulary_of(cfg.vocabulary)
     train, test = sources(cfg, trained)
-    examples_in(cfg, train, test)
-    if cfg.decoder is not None:
-        decoder_file.read(Path(cfg.decoder).expanduser(), vocabulary_of(cfg.vocabulary), trained.model.num_features)
+    read = _read(cfg, trained)
+    examples_in(cfg, train, test, cfg.length if read is None else read[1].length)
 
 
 def depends(trained: Trained, cfg: Config) -> list[str]:
@@ -55,12 +54,13 @@ def run(trained: Trained, cfg: Config, work: Path) -> dict[str, Any]:
     """Log-perplexities, metrics of what is said, each with a 95 % interval and its chance level, and some of the texts."""
     device, vocabulary = next(trained.model.parameters()).device, vocabulary_of(cfg.vocabulary)
     train, test = sources(cfg, trained)
-    parts = examples_in(cfg, train, test)
+    read = _read(cfg, trained)
+    parts = examples_in(cfg, train, test, cfg.length if read is None else read[1].length)
     resume = ResumeFile(work / "resume.ckpt", cfg.checkpoint_every_s)
     model = _encoder(trained, cfg).to(device)
     memory = FrozenTokens(model, test, work, "test")
     rows: dict[str, list[dict[str, Any]]] = {}
-    if cfg.decoder is None:
+    if read is None:
         recipe, about = recipe_of(cfg, parts[0]), _about(trained, cfg)
         seen = FrozenTokens(model, train, work, "train")
         decoders = {}
@@ -69,8 +69,7 @@ def run(trained: Trained, cfg: Config, work: Path) -> dict[str, Any]:
         states = {kind: decoder.state_dict() for kind, decoder in decoders.items()}
         decoder_file.write(_place(work), states, recipe, vocabulary, about)
     else:
-        path = Path(cfg.decoder).expanduser()
-        decoders, recipe, about = decoder_file.read(path, vocabulary, memory.shape[-1])
+        decoders, recipe, about = read
         recipe = replace(recipe, bfloat16=cfg.precision == "bf16-mixed")
         decoders = {kind: decoder.to(device) for kind, decoder in decoders.items()}
     found = {
@@ -202,6 +201,20 @@ def _some(wanted: list[Asked], said: list[str], chance: list[str]) -> list[dict[
                     "references": list(one.references[:5]),
                 }
             )
+    return found
+
+
+def _read(cfg: Config, trained: Trained) -> tuple[dict[str, Decoder], Recipe, dict[str, Any]] | None:
+    """The decoders of ``decoder=FILE``; None where they are to be trained. Raises ConfigError."""
+    if cfg.decoder is None:
+        return None
+    path = Path(cfg.decoder).expanduser()
+    found = decoder_file.read(path, vocabulary_of(cfg.vocabulary), trained.model.num_features)
+    if found[1].length < cfg.max_tokens + QUESTION:
+        raise ConfigError(
+            f"task.decoder={path} reads {found[1].length} tokens, which leaves too little for a question beside "
+            f"task.max_tokens={cfg.max_tokens}; give {max(1, found[1].length - QUESTION)} or fewer."
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from sovit.strict import nearest
 
 DATA = ("scenes", "files")
 PRECISIONS = ("32-true", "bf16-mixed")
+QUESTION = 8  # tokens that are left for a question, at least
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Config:
     depth: int = 2
     mlp_dim: int = 128
     num_heads: int = 4
-    length: int = 64  # tokens of a prompt and its answer
+    length: int = 64  # tokens of a prompt and its answer; a decoder from a file has its own
     dropout: float = 0.0
     caption: float = 0.1  # shares of the tasks in the mixture
     vqa: float = 0.3
@@ -107,10 +108,10 @@ def check_values(cfg: Config) -> None:
         raise ConfigError(f"task.lr={cfg.lr} and task.clip_norm={cfg.clip_norm} must be positive.")
     if cfg.width % cfg.num_heads:
         raise ConfigError(f"task.width={cfg.width} is not divisible into task.num_heads={cfg.num_heads}.")
-    if cfg.length < cfg.max_tokens + 8:
+    if cfg.decoder is None and cfg.length < cfg.max_tokens + QUESTION:
         raise ConfigError(
             f"task.length={cfg.length} leaves too little for a question beside task.max_tokens={cfg.max_tokens}; give "
-            f"{cfg.max_tokens + 8} or more."
+            f"{cfg.max_tokens + QUESTION} or more."
         )
 
 

@@ -17,11 +17,12 @@ from sovit.launch.devices import cores
 from sovit.lit.trained import Trained
 
 
-def examples_in(cfg: Config, train: TextImages, test: TextImages) -> list[Examples]:
+def examples_in(cfg: Config, train: TextImages, test: TextImages, length: int) -> list[Examples]:
+    """Of both parts, for a decoder that reads ``length`` tokens. Raises ConfigError."""
     vocabulary = vocabulary_of(cfg.vocabulary)
     tasks = [task for task in TASKS if getattr(cfg, task) > 0]
     try:
-        return in_common(*(examples_of(source, vocabulary, cfg.length, tasks) for source in (train, test)))
+        return in_common(*(examples_of(source, vocabulary, length, tasks) for source in (train, test)))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

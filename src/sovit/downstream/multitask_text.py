@@ -29,13 +29,13 @@ def lines(result: dict[str, Any]) -> list[str]:
         found.append(f"Chance of a caption: the blind decoder's, {_short(result['blind_caption'])!r}.")
     found.append("")
     for one in result["said"]:
-        question = f" {_short(one['question'])}" if one["question"] else ""
+        question = f" {_short(one['question'])!r}" if one["question"] else ""
         found.append(f"image {one['image']}, {one['task']}:{question}")
         found.append(f"    said {_short(one['said'])!r}, in the data {_short(one['references'][0])!r}")
     for part, of in result["left_out"].items():
         if of["count"]:
             name, reason = of["named"][0]
-            found.append(f"{part}: could not be used: {of['count']:,}, such as {name} ({reason})")
+            found.append(f"{part}: could not be used: {of['count']:,}, such as {name!a} ({reason})")
     for part, of in result["cut"].items():
         if of:
             said = ", ".join(f"{num:,} of {task}" for task, num in of.items())

@@ -14,7 +14,8 @@ import torch
 from sovit.config import ConfigError
 from sovit.data.sources import read_class_list
 from sovit.downstream.rates import rate, shown
-from sovit.language.zeroshot import PHOTO_TEMPLATES, Share, class_weights, errors, predictions
+from sovit.language.prompts import prompts
+from sovit.language.zeroshot import PHOTO_TEMPLATES, Share, class_weights, errors, in_words, predictions
 from sovit.lit.locked import Locked
 from sovit.lit.text_evaluation import BATCH, encoder_of, image_features
 from sovit.lit.text_targets import SCENE_TEMPLATES, SCENES, Named, folder_of, labelled, named_scenes, templates_of
@@ -83,6 +84,8 @@ def run(trained: Trained, cfg: Config, work: Path) -> dict[str, Any]:
         "num_images": len(target.labels),
         "num_classes": len(target.classes),
         "templates": list(target.templates),
+        "num_cut": _num_cut(target, locked, trained.cfg.text.length),
+        "length": trained.cfg.text.length,
         "interval": "95 %, Wilson, over the images",
         "top": right,
         "classes": [_of_class(k, target, found) for k in range(len(target.classes))],
@@ -119,6 +122,8 @@ def text(result: dict[str, Any]) -> list[str]:
             continue
         taken = f"{row['taken_for']} ({row['taken_for_share']:.0%})" if row["taken_for"] is not None else "nothing else"
         lines.append(f"{row['class'][:20]:<20} {shown(row):<22} {row['num']:>6}  {taken}")
+    if result["num_cut"]:
+        lines.append(f"{result['num_cut']:,} prompts had more than {result['length']} tokens and were cut.")
     return lines
 
 
@@ -158,6 +163,12 @@ def _weights(trained: Trained, locked: Locked, target: Named) -> torch.Tensor:
         return class_weights(encode, locked.vocabulary, target.classes, target.templates, length, batch_size=BATCH)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _num_cut(target: Named, locked: Locked, length: int) -> int:
+    """How many prompts are longer than the text tower reads."""
+    said = [text for name in target.classes for text in prompts(target.templates, in_words(name))]
+    return locked.vocabulary.batch(said, length)[1]
 
 
 def locked_of(trained: Trained) -> Locked:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from sovit.language.facts import DIGIT, FRACTAL, Dice, Facts, Thing
 
-PROMPTS = ("a {}", "a picture of a {}", "a small {}", "a large {}", "a bright {}", "a dim {}", "just a {}")  # zero-shot
 NUMBERS = ("no", "one", "two", "three", "four")
 OTHERS = {
     "upper left": "top left",

@@ -22,6 +22,7 @@ from torch import Tensor
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 SMALLEST = 256 + 3  # every byte and the three special tokens
 LONGEST = 200  # characters of a word in training
+_RARE = "qzxjkvw ᚠⰀ"  # a word, and letters, that a vocabulary of words hardly holds
 _USUAL = {
     "pad": (PAD, "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
     "bos": (BOS, "<s>", "[BOS]", "[CLS]", "<|startoftext|>", "<|begin_of_text|>", "<|endoftext|>"),
@@ -46,11 +47,6 @@ class Vocabulary:
 
     def __reduce__(self) -> tuple[Callable[[str, str], Vocabulary], tuple[str, str]]:
         return _made, (self.content, "the vocabulary")  # a pickled tokenizer forgets what is set on it below
-
-    def normalise(self, text: str) -> str:
-        """What the vocabulary makes of a text before it cuts it into tokens; what comes back from its ids."""
-        whole = _whole(text)
-        return self.tokenizer.normalizer.normalize_str(whole) if self.tokenizer.normalizer else whole
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens. Halves of a surrogate pair become U+FFFD."""
@@ -139,8 +135,11 @@ def save(vocabulary: Vocabulary, path: str | Path) -> None:
     where = Path(path)
     where.parent.mkdir(parents=True, exist_ok=True)
     beside = where.with_name(f".{where.name}.{os.getpid()}")
-    beside.write_text(vocabulary.content, "utf-8")
-    os.replace(beside, where)
+    try:
+        beside.write_text(vocabulary.content, "utf-8")
+        os.replace(beside, where)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _made(content: str, where: str) -> Vocabulary:
@@ -156,6 +155,12 @@ def _made(content: str, where: str) -> Vocabulary:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    try:
+        tokenizer.encode(_RARE, add_special_tokens=False)
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(
+            f"{where} cannot read every text ({error}); it needs a token for what it does not know."
+        ) from None
     found = {
         name: next((k for token in usual if (k := tokenizer.token_to_id(token)) is not None), None)
         for name, usual in _USUAL.items()

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sovit.language.metrics.interval import wilson
-from sovit.language.prompts import SLOT
+from sovit.language.prompts import SLOT, prompts
 from sovit.language.vocabulary import Vocabulary
 
-# Prompts for photographs, in the manner of CLIP's. Those of the embedded scenes stand with their sentences.
+# Prompts for photographs, in the manner of CLIP's. Those of the embedded scenes are sovit.lit.text_targets'.
 PHOTO_TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
@@ -85,13 +85,18 @@ def class_weights(
     rows = []
     for first in range(0, len(classes), each):
         some = classes[first : first + each]
-        names = [" ".join(name.replace("_", " ").split()) for name in some]
+        names = [in_words(name) for name in some]
         if not all(names):
             raise ValueError(f"{some[names.index('')]!r} is no class name; every class needs a word.")
-        tokens, _ = vocabulary.batch([text.replace(SLOT, name) for name in names for text in templates], length)
+        tokens, _ = vocabulary.batch([text for name in names for text in prompts(templates, name)], length)
         found = _unit(encode(tokens), "The embeddings of class names")
         rows.append(F.normalize(found.unflatten(0, (len(some), len(templates))).mean(1), dim=1))
     return torch.cat(rows)
+
+
+def in_words(name: str) -> str:
+    """The name of a class as its prompts have it."""
+    return " ".join(name.replace("_", " ").split())
 
 
 @torch.no_grad()

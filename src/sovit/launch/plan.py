@@ -90,6 +90,7 @@ GPU = TimeModel("gpu", start_s=20.0, step_s=2e-3, block_s=0.5e-3, gflops_per_s=1
 GPU_UTILISATION = 0.4
 EFFICIENCY = 0.9  # of several devices, an assumption: the gradients' way between them, partly hidden behind the rest
 DISAGREEMENT = 1.25  # between finished runs and a measurement, from which on it is said
+DECODER_TOKENS = 24  # of a decoder's text, padding included, on average over the tasks of the embedded scenes
 PEAK_TFLOPS = 312.0  # bfloat16 without sparsity, NVIDIA A100 data sheet
 
 
@@ -223,7 +224,21 @@ def _seconds(model: TimeModel, cell: Cell) -> float:
     batch_size = cell.config.trainer.global_batch_size
     evaluations = len(cell.evaluations) + 1  # 1: at step 0
     known = (blocks(cell.shape), cell.steps, batch_size, evaluations, cell.forward_gflops, cell_gactivations(cell))
-    return model.seconds(*known, devices=cell.world)
+    return model.seconds(*known, devices=cell.world) + evaluations * decoders_s(model, vars(cell.config.eval))
+
+
+def decoders_s(model: TimeModel, asked: Mapping[str, Any]) -> float:
+    """Expected seconds of the decoders of one evaluation; ``asked``: the keys of ``eval``. Never measured.
+
+    Updates of the decoder's blocks, which have three branches where the encoder's have two. The image tokens they look at
+    and the vocabulary are left out: within half of what decoders of width 32 and 64 took.
+    """
+    if not asked.get("multitask"):
+        return 0.0
+    width, depth = asked["decoder_width"], asked["decoder_depth"]
+    gflops = asked["decoder_batch_size"] * DECODER_TOKENS * depth * 24 * width**2 / 1e9
+    step_s = model.step_s + 1.5 * depth * model.block_s + 3 * gflops / model.gflops_per_s
+    return float(asked["decoder_draws"] * asked["decoder_steps"] * step_s)
 
 
 def cell_gactivations(cell: Cell) -> float:
@@ -290,6 +305,7 @@ def calibration(runs_dir: Path, model: TimeModel) -> tuple[float, int]:
                 activations(shape, run["config"]["model"]["image_size"]) / 1e9,
                 devices=world_of(run),
             )
+            modelled += evaluations * decoders_s(model, run["config"].get("eval") or {})
             ratios.append(run["wall_s"] / modelled)
     return (statistics.median(ratios), len(ratios)) if ratios else (1.0, 0)
 

@@ -23,6 +23,7 @@ from sovit.language.scenes import scenes
 from sovit.language.training import MEAN, Recipe, in_common, losses, scores, train_decoder
 from sovit.language.vocabulary import load
 from sovit.metric import LOG_PERPLEXITY, MULTITASK
+from sovit.schema import DECODER_HEADS
 
 KEPT_BYTES = 2**28  # of scenes; more are drawn again at every evaluation
 
@@ -62,6 +63,7 @@ class Multitask:
                 width=asked.decoder_width,
                 depth=asked.decoder_depth,
                 mlp_dim=2 * asked.decoder_width,
+                num_heads=DECODER_HEADS,
                 lr=asked.decoder_lr,
                 steps=asked.decoder_steps,
                 batch_size=asked.decoder_batch_size,

@@ -349,7 +349,7 @@ def _how(found: dict[str, Any]) -> Section:
                 "metric with its own noise, correlated between the metrics as its residuals are. The interval uses the same "
                 "quantile.",
                 "The arms of a star share no run, so all dimensions together are the sum of squares, against that of draws.",
-                "Size, coverage and power by simulation: benchmarks/domains.md.",
+                "Size, coverage and power by simulation: benchmarks/domains.py.",
             ]
         ),
         Commands((command,)) if command else None,

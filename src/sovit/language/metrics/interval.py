@@ -65,7 +65,8 @@ def wilson(value: float, num: float) -> tuple[float, float]:
     """Of a share of ``num`` independent examples, which need not be a whole number (Wilson, 1927)."""
     center = (value + _Z**2 / (2 * num)) / (1 + _Z**2 / num)
     half = _Z / (1 + _Z**2 / num) * math.sqrt(value * (1 - value) / num + _Z**2 / (4 * num**2))
-    return max(0.0, center - half), min(1.0, center + half)
+    # The share lies inside, but for the rounding where it is 0 or 1.
+    return max(0.0, min(value, center - half)), min(1.0, max(value, center + half))
 
 
 def _of_images(parts: Floats, images: Sequence[Hashable] | None) -> Floats:

@@ -3,7 +3,8 @@
 Up to five shapes that span the plan are run for some seconds each, by the engine itself, in as many processes at once as
 the sweep will use, in a process of their own (`launch.timing`). The result is kept for each hardware, software, number of
 workers and set of shapes in ``$XDG_CACHE_HOME/sovit`` (``~/.cache/sovit``). Not measured: what a network adds (W&B online,
-a shared file system), and the resume points between evaluations, thousandths of the time.
+a shared file system), the resume points between evaluations, thousandths of the time, and the decoders of
+metric=multitask, whose updates are expected to take what the encoder's do (`launch.plan`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sovit.families import blocks
+from sovit.families import TEXT, blocks
 from sovit.launch.devices import cores, visible_gpus
 from sovit.launch.pay.hardware import cache_file, hardware, read_cache, write_cache
 from sovit.launch.pay.timing import TARGET, Timer, TimingError
 from sovit.launch.plan import CPU, EVAL_IMAGES, Cell, Plan, TimeModel, cell_gactivations, timed
 from sovit.launch.tables import duration_text
 from sovit.schedule import Segment, segments, steps_trained
+from sovit.schema import KEYS_OF_DECODER, EvalConfig
 
 Measure = Literal["anew", "missing", "cached", "never"]
 
@@ -90,6 +92,9 @@ def expect(
         at_once = min(gpus * shared, at_once)
     else:
         at_once = min(at_once, max(plan.workers, len(cores())))
+    if any(cell.config.eval.multitask for cell in plan.cells):
+        note = "The decoders of metric=multitask are estimated, not measured; finished runs say more."
+        plan = replace(plan, notes=(*plan.notes, note))
     if any(cell.world > 1 for cell in chosen):
         note = "Of cells with several processes, what one of them has to do was measured, without their exchange."
         plan = replace(plan, notes=(*plan.notes, note))
@@ -357,11 +362,13 @@ def _what(cell: Cell) -> dict[str, Any]:
         "optim": [name for name in kept["optim"] if name not in ("name", "loss", "clip_norm")],
         "trainer": [name for name in kept["trainer"] if name not in TIMED_TRAINER_KEYS],
         "logger": [name for name in kept["logger"] if name != "name"],
-        "eval": ("ema_horizon",),
+        "eval": ("ema_horizon", "multitask", *KEYS_OF_DECODER),
     }.items():
         for name in names:
             del kept[group][name]
     kept["trainer"]["global_batch_size"] = _batch_size(cell)
+    if cell.config.model.family == TEXT:  # its steps take what the image tower takes, too
+        kept["text"] = cfg["text"]
     return {"shape": cell.shape.as_dict(), **kept}
 
 
@@ -399,9 +406,17 @@ def _overrides(cell: Cell, first: int, runs_dir: Path) -> list[str]:
     unset = [f"durations.{name}=null" for name in ("first", "last", "num")]
     cooldown = [f"schedule.cooldown={COOLDOWN}"] if cell.config.eval.weights == "cooled" else []
     return [
-        *own, durations, *unset, *cooldown, *share,
+        *own, durations, *unset, *cooldown, *share, *_without_decoders(cell),
         "trainer.max_steps=null", "logger.mode=offline", f"runs_dir={runs_dir}",
     ]  # fmt: skip
+
+
+def _without_decoders(cell: Cell) -> list[str]:
+    """Decoders take longer than all the rest, and their updates would be noted among the model's."""
+    if not cell.config.eval.multitask:
+        return []
+    usual = EvalConfig()
+    return ["eval.multitask=false", *(f"eval.{key}={getattr(usual, key)}" for key in KEYS_OF_DECODER)]
 
 
 def when(measured_at: float) -> str:

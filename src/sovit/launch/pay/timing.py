@@ -118,7 +118,9 @@ def _copy(target: str, overrides: list[str], gpu: str | None, block: int, direct
         code = getattr(importlib.import_module(module), function)(overrides)
     finally:
         noted = {"end": (time.perf_counter() - begun, time.process_time()), "updates": updates}
-        (Path(directory) / TIMES).write_text(json.dumps(noted))
+        whole = Path(directory) / f"{TIMES}.new"  # a cell that is told to stop may be killed while it writes
+        whole.write_text(json.dumps(noted))
+        whole.replace(Path(directory) / TIMES)
     sys.exit(code)
 
 

@@ -1,7 +1,7 @@
 """Where the cells of a sweep stand, as their files say: progress, time left, compute and hours spent, best error.
 
 Reads only; any number may look, while a sweep runs or after it, from any machine that sees the files. One cell that
-cannot be read is one line. The table of it is in `status_table`, the exponents to expect in `promise`.
+cannot be read is one line. The table of it is in `table`, the exponents to expect in `promise`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from sovit import claims, records
+from sovit.config import from_mapping
+from sovit.derived import fewshot_name, text_results
+from sovit.families import TEXT
 from sovit.launch.devices import cores
 from sovit.launch.local.kept import KEPT
 from sovit.launch.plan import Cell, makespan, plan, world_of
 from sovit.launch.state import DONE, RUNNING, STOPPED, WAITING, last_error, progress, state_on_disk
 from sovit.launch.sweep import load_sweep, metric_of
+from sovit.metric import Metric
 
 SCHEMA = 1  # of the document that as_document makes
 UNREADABLE = "unreadable"
@@ -159,6 +163,7 @@ def _of_directory(path: Path, default_metric: tuple[str, int]) -> Target:
     target = Target(path.resolve().name, path, default_metric)
     kept = path / KEPT
     if not kept.is_file():
+        target.metric = _metric_of_runs(path, default_metric)
         return target
     try:
         sweep = load_sweep(kept)
@@ -173,6 +178,25 @@ def _of_directory(path: Path, default_metric: tuple[str, int]) -> Target:
     except ValueError as error:
         target.note = f"cells to come are not known: {error}"
     return target
+
+
+def _metric_of_runs(directory: Path, usual: Metric) -> Metric:
+    """The usual metric if the first run that has begun evaluates it, otherwise one that it does evaluate."""
+    for path in run_directories(directory):
+        try:
+            record = records.read_run(path)
+            if not record:
+                continue
+            cfg = from_mapping(records.with_younger(record["config"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            continue  # such as a run that was imported
+        if cfg.model.family == TEXT:
+            known = [(name, 0) for name in text_results(cfg)]
+        else:
+            known = [(fewshot_name(name), shots) for name in cfg.eval.datasets for shots in cfg.eval.shots]
+        alike = [metric for metric in known if metric[1] == usual[1]]
+        return usual if usual in known else (alike or known)[0]
+    return usual
 
 
 def run_directories(directory: Path) -> list[Path]:
