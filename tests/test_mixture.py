@@ -243,7 +243,7 @@ def test_a_training_goes_on_exactly_and_leaves_the_generators_alone(optimizer: s
 
 def test_the_decoder_learns_what_the_tokens_say_and_a_blind_one_cannot() -> None:
     recipe = replace(TINY, steps=100, batch_size=16, lr=1e-2, label_smoothing=0.0, dropout=0.0, width=16)
-    train, test = Squares(30), Squares(21)
+    train, test = in_common(*(examples_of(Squares(num), VOCABULARY, recipe.length) for num in (30, 21)))
     seen = multitask(tokens(30), tokens(21), train, test, VOCABULARY, recipe)
     blind = multitask(tokens(30), tokens(21), train, test, VOCABULARY, recipe, blind=True)
     assert [score.name for score in seen] == ["mean", *TASKS]
@@ -260,4 +260,5 @@ def test_the_decoder_learns_what_the_tokens_say_and_a_blind_one_cannot() -> None
 
 def test_a_training_that_diverges_is_one_sentence() -> None:
     with pytest.raises(NotFinite, match=r"diverged at step \d+ with lr=0\.006; give a lower rate"):
-        multitask(tokens() * math.nan, tokens(), Squares(), Squares(), VOCABULARY, TINY)
+        found = examples_of(Squares(), VOCABULARY, TINY.length)
+        multitask(tokens() * math.nan, tokens(), found, found, VOCABULARY, TINY)

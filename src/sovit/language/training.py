@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from sovit.adafactor import Adafactor
 from sovit.data.order import mix
 from sovit.language.decoder import Decoder, build_decoder
-from sovit.language.examples import TextImages
-from sovit.language.mixture import NOTHING, Batch, Examples, Ids, Mixture, collate, examples_of, in_common
+from sovit.language.mixture import NOTHING, Batch, Examples, Ids, Mixture, collate
 from sovit.schedule import learning_rate_scale
 
 MEAN = "mean"  # the name of the unweighted mean over the tasks
@@ -83,8 +82,8 @@ class NotFinite(ValueError):
 def multitask(
     tokens_train: Tensor,
     tokens_test: Tensor,
-    train: TextImages,
-    test: TextImages,
+    train: Examples,
+    test: Examples,
     vocabulary: Ids,
     recipe: Recipe,
     *,
@@ -93,13 +92,11 @@ def multitask(
     """Log-perplexities on ``test`` of a decoder trained on ``train``: the mean over the tasks first, then every task's.
 
     ``tokens_train`` [N, T, D] and ``tokens_test`` [M, T, D]: the frozen encoder's, row by row of the sources, on the device
-    to compute on. ``blind``: the decoder sees zeros instead, which gives the chance level. A function of the arguments
-    alone. Raises NotFinite, and ValueError where the sources have no task in common.
+    to compute on. ``train`` and ``test`` have the same tasks (`sovit.language.mixture.in_common`). ``blind``: the decoder
+    sees zeros instead, which gives the chance level. A function of the arguments alone. Raises NotFinite.
     """
-    ours, theirs = (examples_of(source, vocabulary, recipe.length) for source in (train, test))
-    ours, theirs = in_common(ours, theirs)
-    decoder = train_decoder(_seen(tokens_train, blind), ours, vocabulary, recipe, tokens_train.shape[-1])
-    return scores(losses(decoder, _seen(tokens_test, blind), theirs, vocabulary, recipe))
+    decoder = train_decoder(_seen(tokens_train, blind), train, vocabulary, recipe, tokens_train.shape[-1])
+    return scores(losses(decoder, _seen(tokens_test, blind), test, vocabulary, recipe))
 
 
 def blind(memory_of: MemoryOf) -> MemoryOf:

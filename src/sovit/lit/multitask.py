@@ -9,7 +9,6 @@ metrics than the log-perplexity, images of the user's own (`sovit eval RUN task=
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from sovit.config import RunConfig
 from sovit.language.examples import TextImages
-from sovit.language.mixture import Examples, examples_of
+from sovit.language.mixture import Examples, examples_of, in_common
 from sovit.language.scenes import scenes
-from sovit.language.training import MEAN, Recipe, in_common, losses, scores, train_decoder
+from sovit.language.training import MEAN, Recipe, multitask
 from sovit.language.vocabulary import load
 from sovit.metric import LOG_PERPLEXITY, MULTITASK
 from sovit.schema import DECODER_HEADS
@@ -89,9 +88,7 @@ class Multitask:
         # An evaluation runs inside the trainer's autocast, and may run without gradients.
         with torch.enable_grad(), torch.autocast(train.device.type, enabled=False):
             for recipe in self.recipes:
-                seen = _memory(train, blind)
-                decoder = train_decoder(seen, ours, self.vocabulary, recipe, train.shape[-1])
-                for score in scores(losses(decoder, _memory(test, blind), theirs, self.vocabulary, recipe)):
+                for score in multitask(train, test, ours, theirs, self.vocabulary, recipe, blind=blind):
                     name = MULTITASK if score.name == MEAN else f"{MULTITASK}.{score.name}"
                     rows.append(
                         {"dataset": name, "shots": 0, "draw": recipe.seed, "l2_reg": None, "metric": LOG_PERPLEXITY,
@@ -110,11 +107,6 @@ class Multitask:
         """What the baselines depend on beside the keys of ``eval`` and the size of the images."""
         found: dict[str, Any] = {"patch_size": patch_size, "vocabulary": self.vocabulary.identity}
         return found | {"scenes": [part.source.fingerprint for part in (self.train, self.test)]}
-
-
-def _memory(tokens: Tensor, blind: bool) -> Callable[[Sequence[int]], Tensor]:
-    shown = torch.zeros_like(tokens) if blind else tokens
-    return lambda rows: shown[list(rows)]
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
