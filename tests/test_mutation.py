@@ -165,7 +165,14 @@ def copied_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # What a file leaves to be said beside it.
+TEXTS = ["text.encoder=x", "eval.datasets=[scenes]"]
 NEEDS = {
+    "text_tiny": ["data=scenes", *TEXTS],
+    "scenes": ["model=text_tiny", *TEXTS],
+    "pairs": ["model=text_tiny", "data.root=x", *TEXTS],
+    "coco": ["model=text_tiny", "data.root=x", "data.captions=x", *TEXTS],
+    "lit_tiny": ["text.encoder=x"],
+    "lit_published": ["text.encoder=x", "text.vocabulary=x", "data.root=x", "eval.datasets=[x/]"],
     "vit": ["model.image_size=224"],
     "mixer_tiny": ["shape=16x2x8x32"],
     "vit22b": ["model.image_size=224", "shape=256x1x256"],

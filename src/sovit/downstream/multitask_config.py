@@ -38,7 +38,7 @@ class Config:
     vocabulary: str | None = None  # a tokenizer.json; null: the one that is shipped
     decoder: str | None = None  # a .safetensors of an earlier result: scored without training
     num_train: int = 4096  # embedded scenes
-    num_test: int = 512
+    num_test: int = 1024
     image_size: int | None = None  # null: the model's own
     positions: str = "bilinear"  # at another image_size: bilinear (big_vision's rule) | bicubic (timm's default)
     width: int = 64  # of the decoder, the same for every encoder
