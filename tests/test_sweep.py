@@ -55,8 +55,15 @@ def write(path: Path, body: str, head: str = HEAD) -> Path:
 def test_every_shipped_file_is_tested_here() -> None:
     assert {file.stem for file in FILES} == {
         "star_smoke", "star_tiny", "star_quick", "star", "grid_tiny", "grid_quick", "grid", "diagonal_tiny", "diagonal",
-        "lr_check", "star_mixer_tiny", "star_swin_tiny", "star_quick_sigmoid",
+        "lr_check", "star_mixer_tiny", "star_swin_tiny", "star_quick_sigmoid", "star_multitask",
     }  # fmt: skip
+
+
+def test_the_star_of_two_metrics_is_evaluated_by_both() -> None:
+    center, found = arms("star_multitask")
+    assert center == (24, 3, 96) and all(len(values) == 5 for values in found.values())
+    cfg = compose(load_sweep(SWEEPS / "star_multitask.yaml").cells[0])
+    assert cfg.eval.multitask and cfg.eval.datasets == ["fractals"]
 
 
 def test_the_star_is_the_published_one() -> None:
