@@ -13,8 +13,7 @@ import hashlib
 import importlib
 import json
 import shutil
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -108,9 +107,11 @@ def compose(overrides: Sequence[str]) -> tuple[Task, Any]:
     task = cast(Task, importlib.import_module(f"sovit.downstream.{name}"))
     schema = dataclasses.make_dataclass("Evaluation", [(GROUP, task.Config)])
     keys = keys_of(schema)
-    for key in content:
+    for key in _dotted(content):
         if f"{GROUP}.{key}" not in keys:
-            raise ConfigError(f"{path}: {key!a} is not a key of {name}{nearest(str(key), _leaves(task))}")
+            above, _, leaf = f"{GROUP}.{key}".rpartition(".")
+            beside = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == above]
+            raise ConfigError(f"{path}: {leaf!a} is not a key of {name}{nearest(leaf, beside)}")
     for key, value in given.items():
         if key not in keys:
             raise ConfigError(f"{key!a} is not a key of task={recipe}{nearest(key, keys)}")
@@ -212,8 +213,12 @@ def _identity(trained: Trained, cfg: Any, depends: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _leaves(task: Task) -> list[str]:
-    return list(typing.get_type_hints(task.Config))
+def _dotted(content: dict[str, Any], above: str = "") -> Iterator[str]:
+    """The dotted keys of a mapping, inner nodes included."""
+    for key, value in content.items():
+        yield f"{above}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{above}{key}.")
 
 
 def _value(text: str) -> Any:
