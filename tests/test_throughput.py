@@ -9,6 +9,8 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -465,6 +467,14 @@ def test_two_real_shapes_are_measured_in_the_right_order(monkeypatch: pytest.Mon
     model = fit("cpu", timings, startup_s)
     assert throughput._predicted_step_s(model, large) == pytest.approx(large.step_s)
     assert not Path(NOWHERE).exists(), "measuring leaves no run behind"
+
+
+def test_a_collection_in_a_cell_does_not_walk_through_what_the_server_imported() -> None:
+    """It took .4 s at a moment that any change of the code moved: into the middle evaluation of the test above."""
+    count = "import gc, sovit.launch.preload; print(gc.get_freeze_count(), len(gc.get_objects()))"
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True, timeout=300)
+    hidden, seen = map(int, done.stdout.split())
+    assert hidden > 100_000 and seen < hidden / 100
 
 
 def test_ages_read_like_ages() -> None:
