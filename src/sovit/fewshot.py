@@ -125,10 +125,12 @@ def _leave_one_out(z: torch.Tensor, right: torch.Tensor, eigenvalues: torch.Tens
     for step in (2, 1, 0):
         for i in candidates:
             inverse = 1 / (eigenvalues + LOO_GRID[i])
-            fitted, diagonal = z @ (right * inverse[:, None]), z_squared @ inverse
-            if y is not None:
-                fitted, diagonal = torch.sub(y, fitted, out=fitted), 1 - diagonal
-            errors[i] = fitted.div_(diagonal[:, None]).square_().sum().item()
+            solution, diagonal = right * inverse[:, None], z_squared @ inverse
+            if y is None:
+                residual = z @ solution
+            else:
+                residual, diagonal = torch.addmm(y, z, solution, alpha=-1), 1 - diagonal
+            errors[i] = (residual.square_().sum(1) / diagonal.square()).sum().item()
         best = min(errors, key=lambda i: (errors[i], -i))
         candidates = [i for i in (best - step, best + step) if 0 <= i < len(LOO_GRID)]
     return LOO_GRID[best]
