@@ -128,7 +128,8 @@ class Update:
     def __init__(self, cfg: RunConfig, layout: Layout, device: torch.device) -> None:
         self.module = fit.build_module(cfg, Segment("trunk", 0, 10**9, 10**9, 0, ()), layout, Ranks())
         self.module.to(device)
-        self.module.configure_model()
+        if self.module._prepare is not None:  # configure_model without its trainer
+            self.module._prepare(self.module.model, device)
         self.optimizer = self.module.configure_optimizers()
         self.autocast = functools.partial(
             torch.autocast, device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"
