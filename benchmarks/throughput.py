@@ -15,8 +15,9 @@ For every shape four contestants take turns in one process, a few steps each, on
 Figures are medians over the turns, ratios medians of the ratios within a turn, with their middle half. The utilisation is
 3 x the closed-form forward FLOPs (`sovit.flops`) over the peak. The phases of a run are exclusive: what is nested in
 another phase does not count there. "rest" is Lightning. On a GPU the clock is read after it has caught up.
-Each shape has a process of its own. Peak memory is that of the bare update: on a GPU of the tensors, on a CPU of the
-process, Python and its libraries included.
+Where the memory leaves no room for all, timm's default and then the run are left out. Each shape has a process of its
+own. Peak memory is that of the bare update: on a GPU of the tensors, on a CPU of the process, Python and its libraries
+included.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from sovit.lit.ranks import Ranks
 from sovit.schedule import Segment
 
 LEAST_TURNS = 5
+OPTIONAL = ("timm", "run")  # contestants that large shapes do without, in this order
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
@@ -67,8 +69,8 @@ class Enough(Exception):
     """All turns are taken."""
 
 
-def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one shape; raises what torch raises if it does not fit."""
+def measure(shape: str, options: argparse.Namespace, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All figures of one shape; raises what torch raises if it does not fit. ``left_out``: contestants, of OPTIONAL."""
     torch.set_num_threads(options.threads)
     cfg, device = configuration(shape, options), torch.device(options.device)
     gpu, clock = device.type == "cuda", CLOCKS[options.clock]
@@ -91,7 +93,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tiny = shape in TINY and not gpu
     timms = {"timm_fused": Timm(cfg, compiled, device, fused=True)}
-    if not gpu:  # there timm's default is as fast, and two of them would not fit
+    if not gpu and "timm" not in left_out:  # on a GPU timm's default is as fast, and two of them would not fit
         timms["timm"] = Timm(cfg, compiled, device, fused=False, averaged=tiny)
     loader = None
     if tiny:  # timm's whole loop takes the same stream and averages too
@@ -131,6 +133,16 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     deadline = time.perf_counter() + options.seconds
     mark = paused = 0.0
 
+    def turns() -> None:
+        for name, run in contestants.items():
+            running.append(name)
+            began, num = clock(), 3 if name == "peak" else block
+            for step in range(num):
+                run(step)
+            wait()
+            took[name].append((clock() - began) / num)
+            running.pop()
+
     def between(*_: Any) -> None:
         """After every update of the run: when its turn is over, the others have theirs."""
         nonlocal steps, mark, paused
@@ -146,14 +158,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
             phases.end()
         if mark and not phased:
             took["run"].append((now - mark) / block)
-            for name, run in contestants.items():
-                running.append(name)
-                began, num = clock(), 3 if name == "peak" else block
-                for step in range(num):
-                    run(step)
-                wait()
-                took[name].append((clock() - began) / num)
-                running.pop()
+            turns()
             if time.perf_counter() > deadline and len(took["run"]) >= LEAST_TURNS:
                 raise Enough
         if mark and not phased:
@@ -162,6 +167,10 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         mark = clock()
 
     running: list[str] = []
+    if "run" in left_out:
+        while time.perf_counter() < deadline or len(took["update"]) < LEAST_TURNS:
+            turns()
+        return figures(cfg, took, phases.seconds, resident, block, compiled, size)
     hook = register_optimizer_step_post_hook(between)
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -239,7 +248,7 @@ def figures(
         "precision": cfg.trainer.precision,
         "compiled": compiled,
         "threads": cfg.trainer.num_threads,
-        "turns": len(took["run"]),
+        "turns": len(took["update"]),
         "steps_a_turn": block,
         "step_ms": step,
         "images_per_s": {name: 1000 * batch / ms for name, ms in step.items()},
@@ -289,6 +298,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
             + f" | {pair(row['timm_over_update'])} | {pair(row['timm_fused_over_update'])} | "
             f"{pair(row['timm_loop_over_run'])} | {row['peak_memory_bytes'] / 1e9:.2f} |"
         )
+        if not row["phases"]:
+            continue
         shares = [row["phases"].get(name, 0.0) for name in phases]
         lower.append(
             f"| {row['shape']} | " + " | ".join(f"{share:.1%}" for share in [*shares, shares[-2] + shares[-1]]) + " |"
@@ -296,22 +307,28 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "Phases of a run, as shares of its time:", "", *lower])
 
 
-def _child(shape: str, options: argparse.Namespace, pipe: Any) -> None:
+def _child(shape: str, options: argparse.Namespace, left_out: tuple[str, ...], pipe: Any) -> None:
     try:
-        pipe.send(measure(shape, options))
+        pipe.send(measure(shape, options, left_out))
     except torch.OutOfMemoryError as error:
         pipe.send({"shape": shape, "why": str(error).splitlines()[0]})
 
 
-def _too_large(shape: str, options: argparse.Namespace) -> str | None:
-    """Why a shape cannot be measured here, by the memory estimate: four contestants have weights and optimiser state."""
+def fitting(shape: str, options: argparse.Namespace) -> tuple[tuple[str, ...], str | None]:
+    """(contestants that the memory leaves no room for, why a shape cannot be measured at all), by the memory estimate.
+
+    Each contestant has weights, gradients and optimiser state of its own.
+    """
     cfg = configuration(shape, options)
     weights = sum(num_params(shape_of(cfg), **model_geometry(cfg)).values())
-    need = weights * (3 * 16 + 3 * 4 + 16)
     if options.device == "cuda":
-        return None
+        return (), None
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return f"four copies need {need / 1e9:.0f} GB, {have / 1e9:.0f} GB are free" if need > 0.8 * have else None
+    for number in range(len(OPTIONAL) + 1):
+        need = weights * (20 * (2 + len(OPTIONAL) - number) - 4)
+        if need <= 0.8 * have:
+            return OPTIONAL[:number], None
+    return OPTIONAL, f"two copies need {need / 1e9:.0f} GB, {have / 1e9:.0f} GB are free"
 
 
 def main() -> None:
@@ -345,12 +362,12 @@ def main() -> None:
     shapes = options.shapes.split(",") if options.shapes else [*LARGE, *TINY]
     context, found, began = multiprocessing.get_context("fork"), [], time.monotonic()
     for shape in shapes:
-        why = _too_large(shape, options)
+        left_out, why = fitting(shape, options)
         if why is None and options.device == "cuda" and time.monotonic() - began > options.limit:
             why = f"{options.limit:.0f} s had passed"
         if why is None:
             here, there = context.Pipe(duplex=False)
-            child = context.Process(target=_child, args=(shape, options, there))
+            child = context.Process(target=_child, args=(shape, options, left_out, there))
             child.start()
             there.close()
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sovit.cli.options import positive
 
@@ -90,17 +90,8 @@ def _shape(arguments: argparse.Namespace) -> int:
     flops = forward_flops(shape, model.image_size, **geometry)  # type: ignore[arg-type]
     options = {"block": model.block, "qk_norm": model.qk_norm, "qkv_bias": model.qkv_bias, "norm": model.norm}
     if arguments.json:
-        content = {
-            **shape.as_dict(),
-            "image_size": arguments.image_size,
-            **geometry,
-            **options,
-            "num_params": sum(params.values()),
-            "forward_gflops": sum(flops.values()) / 1e9,
-            "params_by_group": params,
-            "forward_flops_by_group": flops,
-        }
-        print(json.dumps(content, indent=1))
+        about = {**shape.as_dict(), "image_size": arguments.image_size, **geometry, **options}
+        _print_json(about, params, flops)
         return 0
     print(
         f"{shape}: {shape.num_heads} heads of dimension {shape.head_dim}, patch {shape.patch_size}, "
@@ -140,17 +131,8 @@ def _of_family(arguments: argparse.Namespace) -> int:
     flops = forward_flops(shape, arguments.image_size, pool=pool, **place)
     params = num_params(shape, arguments.image_size, pool=pool, **place)
     if arguments.json:
-        content = {
-            **shape.as_dict(),
-            "image_size": arguments.image_size,
-            **place,
-            "pool": pool,
-            "num_params": sum(params.values()),
-            "forward_gflops": sum(flops.values()) / 1e9,
-            "params_by_group": params,
-            "forward_flops_by_group": flops,
-        }
-        print(json.dumps(content, indent=1))
+        about = {**shape.as_dict(), "image_size": arguments.image_size, **place, "pool": pool}
+        _print_json(about, params, flops)
         return 0
     own = ", ".join(f"{key} {value}" for key, value in shape.as_dict().items() if key not in ("family", "patch_size"))
     print(
@@ -175,21 +157,18 @@ def _of_texts(arguments: argparse.Namespace) -> int:
     pool = arguments.pool or "last"
     flops, params = forward_flops(shape, 1, pool=pool), num_params(shape, 1)  # of an image's size nothing is read
     if arguments.json:
-        content = {
-            **shape.as_dict(),
-            "pool": pool,
-            "num_params": sum(params.values()),
-            "forward_gflops": sum(flops.values()) / 1e9,
-            "params_by_group": params,
-            "forward_flops_by_group": flops,
-        }
-        print(json.dumps(content, indent=1))
+        _print_json({**shape.as_dict(), "pool": pool}, params, flops)
         return 0
     own = ", ".join(f"{key} {value}" for key, value in shape.as_dict().items() if key != "family")
     print(f"{family.title} {shape}: {own}, pool {pool}\n")
     _print_groups(params, flops, "text")
     print("Not among the parameters: the table of words, a pooling head, the projection, scale and bias of the loss.")
     return 0
+
+
+def _print_json(about: dict[str, Any], params: dict[str, int], flops: dict[str, int]) -> None:
+    sums = {"num_params": sum(params.values()), "forward_gflops": sum(flops.values()) / 1e9}
+    print(json.dumps({**about, **sums, "params_by_group": params, "forward_flops_by_group": flops}, indent=1))
 
 
 def _print_groups(params: dict[str, int], flops: dict[str, int], of: str = "image") -> None:
