@@ -136,7 +136,7 @@ def told(note: Mapping[str, Any]) -> list[str]:
         said.append(f"{note['utilisation']:.0%} of the {note['peak']} peak")
     if note.get("loss") is not None:
         said.append(f"loss {note['loss']:.3f}")
-    said.append(f"{note['data_wait']:.0%} waiting for data")
+    said.append(f"{note['data_wait']:.0%} data wait")
     said.append(f"{note['memory_bytes'] / 1e9:.1f} GB")
     return said
 
