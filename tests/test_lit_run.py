@@ -174,6 +174,8 @@ REFUSED = {
     "few-shot sets": (["eval.datasets=[fractals]"], "'fractals' is not known"),
     "a metric of images": (["metric=multitask"], "metric=multitask judges the tokens of images"),
     "pooling of images": (["model.pool=avg"], "model.pool=avg has no effect on model.family=text"),
+    "shots": (["eval.shots=[1,5]"], r"eval.shots=\[1, 5\] has no effect on model.family=text"),
+    "draws": (["eval.num_draws=7"], "eval.num_draws=7 has no effect on model.family=text"),
     "augmentation": (["data.flip=false"], "data.flip=False has no effect on data=scenes"),
     "a locked tower that is drawn": (["text.locked=true"], "text.locked=true would keep a tower as it was drawn"),
     "no room": (["text.length=1"], "text.length=1 leaves no token"),

@@ -12,7 +12,7 @@ TEXT = (
     *("model=text_tiny", "data=scenes", "data.num_examples=40", "eval.datasets=[scenes]", "optim.loss=sigmoid"),
     *("text.length=12", "optim.lr=1e-2"),
 )
-OF_IMAGES = ("data.num_classes", "data.num_heldout")  # of small cells; the scenes' world is the usual one
+OF_IMAGES = ("data.num_classes", "data.num_heldout", "eval.shots")  # of small cells; the scenes' world is the usual one
 
 
 def image_tower(home: Path, *given: str) -> Path:

@@ -153,6 +153,13 @@ def check_text(cfg: RunConfig) -> None:
                 f"model.{key}={getattr(model, key)} has no effect on model.family=text; "
                 f"write {'null' if usual is None else usual}."
             )
+    for key in ("shots", "num_draws"):
+        usual = getattr(EvalConfig(), key)
+        if getattr(cfg.eval, key) != usual:
+            raise ConfigError(
+                f"eval.{key}={getattr(cfg.eval, key)} has no effect on model.family=text, which is judged without a fit; "
+                f"write {usual}."
+            )
     names = text_results(cfg)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
