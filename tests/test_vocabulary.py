@@ -215,6 +215,16 @@ def test_a_vocabulary_of_ones_own(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("5 texts, 9 words, 42 characters: ")
 
 
+def test_a_file_nested_deeply_is_read_or_refused_in_a_sentence(tmp_path, capsys):
+    """From Python 3.12 on JSON is read to a depth that leaves no room for a walk that calls itself."""
+    path = tmp_path / "a.json"
+    for depth in (900, 3000, 100_000):
+        path.write_text('{"captions":' * depth + '"a dog"' + "}" * depth)
+        code = cli.main(["vocabulary", str(path), "-o", str(tmp_path / "v.json")])
+        said = capsys.readouterr()
+        assert (code, said.out[:17]) == (0, "1 texts, 2 words,") or (code == 2 and "is nested too deeply" in said.err)
+
+
 def test_command_refuses_what_holds_no_text(tmp_path, capsys):
     for name, content, words in (
         ("empty.txt", b"\n\n", "holds no text"),

@@ -100,6 +100,17 @@ def test_zero_shot_of_a_folder_is_what_counting_gives(tower: Path, pictures: Pat
     assert evaluate(tower, ["task=zeroshot", f"task.data={pictures / 'classes'}", *own]).fresh
 
 
+def test_what_a_class_is_called_is_printed_and_not_obeyed(tower: Path, pictures: Path, tmp_path: Path) -> None:
+    """Else the name of a folder from the internet clears the screen, or writes over the lines above."""
+    (tmp_path / "names.txt").write_text("\n".join(["\x1b[2Jred", "\u202eetihw", *CLASSES[2:]]))
+    found = evaluate(
+        tower, ["task=zeroshot", f"task.data={pictures / 'classes'}", f"task.classes={tmp_path / 'names.txt'}"]
+    )
+    assert found.content["result"]["classes"][0]["class"] == "\x1b[2Jred"
+    assert all(line.isprintable() for line in found.lines)
+    assert any("[U+001B][2Jred" in line for line in found.lines)
+
+
 def test_retrieval_of_a_caption_file_is_what_counting_gives(tower: Path, pictures: Path) -> None:
     given = [f"task.data={pictures / 'captions.json'}", f"task.images={pictures / 'classes'}"]
     result = evaluate(tower, ["task=retrieval", *given]).content["result"]

@@ -70,16 +70,17 @@ def _texts(path: str) -> Iterator[str]:
         raise ValueError(f"{path} is not UTF-8 text; give captions, one a line, or JSON with captions.") from None
 
 
-def _said(found: Any, key: str = "") -> Iterator[str]:
+def _said(found: Any) -> Iterator[str]:
     """The strings under a key of SAID, however deep."""
-    if isinstance(found, str):
-        if key in SAID and found.strip():
-            yield found
-    elif isinstance(found, dict):
-        for inner, value in found.items():
-            yield from _said(value, inner)
-    elif isinstance(found, list):
-        for value in found:
-            yield from _said(value, key)
-    elif isinstance(found, tuple):  # (key, value) of an object keyed by ids
-        yield from _said(found[1], found[0])
+    left = [("", found)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, str):
+            if key in SAID and value.strip():
+                yield value
+        elif isinstance(value, dict):
+            left += reversed(value.items())
+        elif isinstance(value, list):
+            left += ((key, one) for one in reversed(value))
+        elif isinstance(value, tuple):  # (key, value) of an object keyed by ids
+            left.append(value)

@@ -20,6 +20,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from sovit import claims, records
+from sovit.analysis.report.words import visible
 from sovit.config import CONF_DIR, ConfigError
 from sovit.lit.trained import Trained, load
 from sovit.overrides import check_override, groups_of
@@ -157,7 +158,8 @@ def evaluate(source: Path, overrides: Sequence[str], *, average: bool | None = N
             shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
-    return Evaluated(path, known, fresh, task.text(known["result"]))
+    lines = [visible(line) for line in task.text(known["result"])]  # names of classes, files and words are anyone's
+    return Evaluated(path, known, fresh, lines)
 
 
 def _made(task: Task, cfg: Any, trained: Trained, depends: Any, work: Path) -> dict[str, Any]:
