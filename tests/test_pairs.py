@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pairs")
     generate(out / "json", "json", num=NUM, test_num=1, size=SIZE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sovit.language.generate_files.PER_SHARD", 9)
+        patch.setattr("sovit.data.generate.PER_SHARD", 9)
         generate(out / "pairs", "pairs", num=NUM, test_num=1, size=SIZE, damage=True)
     return out
 

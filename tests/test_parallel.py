@@ -1,6 +1,7 @@
 """A run spread over processes is the run of one process: same losses, gradients, updates, resume points."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,39 @@ def test_loss_gradient_norm_update_and_weights_are_those_of_one_process(label: s
     assert max(losses(alone)["train/grad_norm"]) > 0.5
     world, more = SPREADS[label]
     assert_same_run(cells.done(label.split(",")[0].replace(" ", "-").replace(":", ""), *more, world=world), alone)
+
+
+COMPILED = ["parallel.compile=true", "trainer.precision=32-true"]  # torch cannot compile attention in float64 on a CPU
+FULL = pytest.mark.full
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        pytest.param(1, [], id="alone", marks=FULL),
+        pytest.param(2, DDP, id="ddp", marks=FULL),
+        pytest.param(2, FSDP, id="fsdp"),
+        pytest.param(2, [*FSDP, "parallel.checkpointing=full"], id="fsdp, blocks computed again", marks=FULL),
+    ],
+)
+def test_a_compiled_run_is_the_run_that_is_not(world: int, more: list[str], cells: Cells, request) -> None:
+    """In float32, to 1e-4 after six steps; its weights are called the same, so that either goes on from the other."""
+    plain = cells.done("float32", COMPILED[1])
+    found = cells.done(request.node.callspec.id.replace(", ", "-").replace(" ", "-"), *COMPILED, *more, world=world)
+    for key, values in losses(plain).items():
+        assert losses(found)[key] == pytest.approx(values, rel=1e-4), key
+    mine, theirs = state(found), state(plain)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert mine[name].shape == tensor.shape
+        if not name.endswith("qkv.bias") and not name.startswith("optimizer"):  # a key's bias: see above
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_compiled_float64_on_a_cpu_is_refused_in_a_sentence(cells: Cells) -> None:
+    assert cells.run("refused", "parallel.compile=true") != [0]
+    assert "write parallel.compile=false" in cells.log("refused") and "Traceback" not in cells.log("refused")
 
 
 def test_resume_points_of_a_sharded_run_hold_shards(cells: Cells, alone: Path) -> None:

@@ -132,19 +132,25 @@ def write_shards(out: Path, part: str, found: Iterator[Sample], classes: int) ->
     """``out/part-000000.tar`` and so on, and ``out/classes.txt``."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "classes.txt").write_text("".join(f"{class_name(label)}\n" for label in range(classes)))
-    every = list(found)
+    every = []
+    for sample in found:
+        key = sample.name.replace(".", "_", 1).rpartition("_")[0]
+        members = {sample.name: sample.data}
+        if sample.label is not None:
+            about = json.dumps({"label": sample.label, "class": class_name(sample.label)}).encode()
+            members |= {f"{key}.cls": str(sample.label).encode(), f"{key}.json": about}
+        every.append(members)
+    write_tars(out, part, every)
+
+
+def write_tars(out: Path, part: str, every: Sequence[dict[str, bytes]]) -> None:
+    """``out/part-000000.tar`` and so on, of samples given as their members' names and contents."""
     for shard, begin in enumerate(range(0, len(every), PER_SHARD)):
         with tarfile.open(out / f"{part}-{shard:06d}.tar", "w") as tar:
-            for sample in every[begin : begin + PER_SHARD]:
-                key = sample.name.replace(".", "_", 1).rpartition("_")[0]
-                members = [(sample.name, sample.data)]
-                if sample.label is not None:
-                    about = json.dumps({"label": sample.label, "class": class_name(sample.label)}).encode()
-                    members += [(f"{key}.cls", str(sample.label).encode()), (f"{key}.json", about)]
-                for name, data in members:
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+            for name, data in (member for sample in every[begin : begin + PER_SHARD] for member in sample.items()):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def write_saved(out: Path, parts: dict[str, Iterator[Sample]], classes: int) -> None:
@@ -167,6 +173,12 @@ def write_saved(out: Path, parts: dict[str, Iterator[Sample]], classes: int) -> 
     datasets.DatasetDict(found).save_to_disk(str(out))
 
 
+def check_empty(out: Path) -> None:
+    """Raise ValueError for a folder that holds something."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; give a new folder.")
+
+
 def class_name(label: int) -> str:
     return f"class{label:03d}"
 
@@ -182,8 +194,7 @@ def generate(
     damage: bool = False,
 ) -> None:
     """Write ``images`` (and ``test_images``) of each class below ``out``. Raises ValueError if it is not empty."""
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give a new folder.")
+    check_empty(out)
     if min(classes, images, test_images, size) < 1 or classes < 2 or kind not in KINDS:
         raise ValueError(f"{classes} classes of {images} and {test_images} images as {kind!r} make no data set.")
     parts = {

@@ -9,11 +9,9 @@ has to survive.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import sys
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sovit.data.generate import BROKEN, ODD, encoded
+from sovit.data.generate import BROKEN, ODD, check_empty, encoded, write_tars
 from sovit.data.views import CENTRAL
 from sovit.language.examples import Question
 from sovit.language.layouts import SPLITS
 from sovit.language.scenes import Scenes, scenes
 
 KINDS = ("json", "pairs")
-PER_SHARD = 100  # pairs
 TEN = 10  # answers to a question of VQA
 ODD_TEXTS = (  # usable
     "Ein Bär über der größten Brücke",
@@ -98,13 +95,8 @@ def write_shards(out: Path, source: Scenes, part: str, *, damage: bool = False) 
     ]
     if damage:
         samples += _damaged_samples(samples[0][1]["jpg"])
-    for shard, begin in enumerate(range(0, len(samples), PER_SHARD)):
-        with tarfile.open(out / f"{part}-{shard:06d}.tar", "w") as tar:
-            for key, members in samples[begin : begin + PER_SHARD]:
-                for ending, data in members.items():
-                    member = tarfile.TarInfo(f"{key}.{ending}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+    every = [{f"{key}.{ending}": data for ending, data in members.items()} for key, members in samples]
+    write_tars(out, part, every)
 
 
 def generate(
@@ -119,8 +111,7 @@ def generate(
     damage: bool = False,
 ) -> None:
     """Write ``num`` scenes (and ``test_num``) below ``out``. Raises ValueError if it is not empty."""
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give a new folder.")
+    check_empty(out)
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of files; choose {' or '.join(KINDS)}.")
     for part, count in (("train", num), ("test", test_num)):

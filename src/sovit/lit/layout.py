@@ -50,6 +50,13 @@ def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
         )
     shape, most = shape_of(cfg), _noted(directory, ranks.world)
     compiled = on_gpu(cfg) if parallel.compile is None else parallel.compile
+    if (
+        compiled and cfg.trainer.precision == "64-true" and not on_gpu(cfg)
+    ):  # torch 2.12: its logsumexp would be float32
+        raise ConfigError(
+            "parallel.compile=true with trainer.precision=64-true fails in torch's compiled attention on a CPU; "
+            "write parallel.compile=false."
+        )
     if cfg.model.family == TEXT:
         kind = parallel.checkpointing if parallel.checkpointing != "auto" else "none"
         return replace(_unplanned(cfg, batch // ranks.world, most), checkpointing=kind, compiled=compiled)
