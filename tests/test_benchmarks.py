@@ -38,7 +38,9 @@ def test_without_memory_for_all_two_contestants_are_left(tmp_path: Path, monkeyp
 
     pages = {"SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": 0}
     monkeypatch.setattr(throughput.os, "sysconf", pages.__getitem__)
-    options = type("Options", (), {"device": "cpu", "batch": None, "precision": None, "threads": 1, "micro_batch": None})
+    options = type(
+        "Options", (), {"device": "cpu", "batch": None, "precision": None, "threads": 1, "micro_batch": None}
+    )
     cfg = throughput.configuration("32x1x128", options)
     weights = sum(throughput.num_params(throughput.shape_of(cfg), **throughput.model_geometry(cfg)).values())
     found = []

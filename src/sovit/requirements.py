@@ -187,6 +187,11 @@ def check_text(cfg: RunConfig) -> None:
         raise ConfigError(
             f"text.pool={text.pool} has no effect on text.tower, which has its own way; write {default.pool}."
         )
+    if text.tower is not None and not text.locked and cfg.optim.lr_rule == "by_shape":
+        raise ConfigError(
+            "optim.lr_rule=by_shape knows the matrices of sovit's own towers, not those of text.tower; "
+            "write optim.lr_rule=constant."
+        )
     if text.locked and text.tower is None:
         raise ConfigError("text.locked=true would keep a tower as it was drawn; give text.tower, or write false.")
     if text.length < 2:

@@ -101,11 +101,13 @@ def fit(
     ]
     with warnings.catch_warnings():
         # The first two are meant: batches are rendered in this process, and a resume inside an epoch is exact here (the
-        # position in the data is a function of the step). The third is between Lightning 2.6 and torch.
+        # position in the data is a function of the step). The third is between Lightning 2.6 and torch. The last are the
+        # modules of a locked tower.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*You're resuming from a checkpoint that ended before the epoch ended.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
         warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # a machine with Slurm, not used here
+        warnings.filterwarnings("ignore", r".*module\(s\) in eval mode at the start of training.*")
         environment = TorchElasticEnvironment() if ranks.world > 1 else LightningEnvironment()
         trainer = pl.Trainer(
             accelerator=cfg.trainer.accelerator,
