@@ -236,6 +236,17 @@ def test_no_parameter_of_a_locked_tower_moves_and_all_of_an_unlocked_one_do(lock
         assert tower.model.training != locked
 
 
+def test_the_matrices_of_open_clip_are_decayed_and_its_vectors_are_not(tmp_path):
+    """Its attention has one matrix for queries, keys and values, and its projection is one; neither is a linear layer."""
+    tower = towers(tmp_path, locked=False)["open_clip"]
+    optimizer = build_optimizer(tower, "adamw", lr=0.01, weight_decay=0.1, head_weight_decay=0.2)
+    decayed = {id(one) for group in optimizer.param_groups if group["weight_decay"] for one in group["params"]}
+    embeddings = ("token_embedding.weight", "positional_embedding")
+    for name, one in tower.named_parameters():
+        matrix = one.ndim == 2 and not name.endswith(embeddings)
+        assert (id(one) in decayed) == matrix, name
+
+
 def test_a_locked_tower_of_the_right_width_has_a_projection_to_learn(tmp_path):
     """Else it would train two numbers."""
     saved(tmp_path, "clip")

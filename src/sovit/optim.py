@@ -16,6 +16,7 @@ from torch import nn
 
 from sovit.adafactor import Adafactor
 
+_KERNELS = ("in_proj_weight", "text_projection")  # of open_clip: parameters of modules that are no linear layers
 LrRule = Literal["constant", "by_shape"]
 
 # timm's names for the matrices fed by the MLP's hidden layer: serial blocks, parallel blocks.
@@ -36,9 +37,9 @@ def param_groups(
 ) -> list[dict]:
     """Split the trainable parameters of a timm model of one of the families into few groups, one per (lr, weight_decay).
 
-    Decayed are kernels only, that is the weights of linear and convolution layers: the classifier's with
-    ``head_weight_decay`` (published: 100 times the body's), all others with ``weight_decay``. Biases, norms, positions,
-    class token and the probe of the attention pooling are not.
+    Decayed are kernels only, that is the weights of linear and convolution layers (and the matrices that open_clip's text
+    towers have instead): the classifier's with ``head_weight_decay`` (published: 100 times the body's), all others with
+    ``weight_decay``. Biases, norms, positions, class token and the probe of the attention pooling are not.
 
     lr_rule ``by_shape`` multiplies the learning rate of a matrix by base / fan_in: base_width / width where the width
     feeds it (the classifier too), base_mlp_dim / mlp_dim where the MLP's hidden layer feeds it, and where both do, in the
@@ -68,7 +69,7 @@ def param_groups(
                 continue
             seen.add(id(parameter))
             group_lr, decay = lr, 0.0
-            if name == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
+            if name in _KERNELS or (name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)):
                 decay = head_weight_decay if module is head else weight_decay
             if name == "weight" and isinstance(module, nn.Linear) and lr_rule == "by_shape":
                 group_lr = _rate(lr, model, module_name, module, base_width, base_depth, base_mlp_dim)
