@@ -70,6 +70,24 @@ def test_a_run_stopped_in_an_epoch_goes_on_with_the_images_it_would_have_seen(
     assert_same_bytes(directory(tmp_path / "runs"), undisturbed)
 
 
+def alive(pid: int) -> bool:
+    return stat(pid)[:1] not in ([], ["Z"])
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and so on of a process; nothing if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    children = [one for one in pids if stat(one)[1:2] == [str(pid)]]
+    return [one for child in children for one in (child, *descendants(child))]
+
+
 def test_a_killed_run_with_workers_goes_on_with_the_images_it_would_have_seen(
     images: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -91,9 +109,14 @@ def test_a_killed_run_with_workers_goes_on_with_the_images_it_would_have_seen(
             if len(points) > before or any("00000009" in point.name for point in points):
                 break
             time.sleep(0.002)
+        workers = descendants(process.pid)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()
+        deadline = time.monotonic() + 60
+        while any(map(alive, workers)):
+            assert time.monotonic() < deadline, "a killed run leaves its workers behind"
+            time.sleep(0.1)
     assert run_ranks(ours, 1, log) == [0], log.read_text()
     assert_same_bytes(directory(tmp_path / "runs"), undisturbed)
 

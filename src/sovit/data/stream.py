@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -134,6 +135,9 @@ def make_loader(
     """Loader of what the data set makes of each batch of indices; it does not depend on ``num_workers``, at most one a core.
 
     torch's global generator is left alone: a loader draws a seed for its workers as it starts, wherever a run resumes.
+
+    Workers are forks of this process where there are any. A cell of a sweep comes from a fork server, and would have its
+    workers from one of their own: each imports everything anew, and a killed cell leaves them behind, as their parent lives.
     """
     num_workers = min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_workers)
     return DataLoader(
@@ -144,6 +148,7 @@ def make_loader(
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator().manual_seed(0),
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )
 
 
