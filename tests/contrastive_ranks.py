@@ -1,5 +1,7 @@
 """A worker of `test_contrastive`: the losses over processes, on one process's rows of a batch that all of them can make."""
 
+import faulthandler
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,11 @@ def said(*arguments: Tensor) -> str:
     return ""
 
 
-def work(rank: int, world: int, folder: Path) -> None:
+def work(rank: int, world: int, port: int, folder: Path) -> None:
+    faulthandler.dump_traceback_later(100)  # twice on a busy machine it stood still, with a store in a file: where?
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     rows = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     found: dict[str, Any] = {}
     for name in LOSSES:
@@ -113,3 +117,4 @@ def work(rank: int, world: int, folder: Path) -> None:
     found["none"] = said(images[: 4 * rank], texts[: 4 * rank], log_scale, bias)
     torch.save(found, folder / f"{world}-{rank}.pt")
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contrastive_ranks import BATCH, LOSSES, TYPES, WIDTH, Largest, Model, batch, dense, ours, work
 from sovit.language.contrastive import BIAS, LOG_SCALE, sigmoid_loss, softmax_loss
+from sovit.launch.processes import free_port
 
 WORLDS = (2, 4)
 NAMES = ("images", "texts", "log_scale", "bias")
@@ -22,7 +23,8 @@ def found(tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sovit.language.contrastive", "torch.nn.parallel"])
     for world in WORLDS:
-        workers = [context.Process(target=work, args=(rank, world, folder)) for rank in range(world)]
+        port = free_port()
+        workers = [context.Process(target=work, args=(rank, world, port, folder)) for rank in range(world)]
         for worker in workers:
             worker.start()
         for worker in workers:
