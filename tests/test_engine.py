@@ -33,6 +33,20 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return functools.partial(pretend_stop, monkeypatch)
 
 
+def test_a_record_of_a_later_version_is_left_alone(tmp_path: Path, stop_at: Callable[[int], None]) -> None:
+    cfg = small(tmp_path)
+    stop_at(9)
+    assert engine.run(cfg) == engine.STOPPED
+    record = records.run_dir(cfg) / records.RUN
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"schema": 2}))
+    before = {path: path.read_bytes() for path in record.parent.rglob("[!.]*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"run\.json has schema 2, and this version writes schema 1; use the version"):
+        engine.run(cfg)
+    assert (
+        before.items() <= {path: path.read_bytes() for path in record.parent.rglob("[!.]*") if path.is_file()}.items()
+    )
+
+
 @pytest.mark.parametrize("weights", ["ema", "cooled", "trunk"])
 def test_the_same_command_twice_gives_the_same_bytes(tmp_path: Path, weights: str) -> None:
     runs = [small(tmp_path / name, f"eval.weights={weights}") for name in ("a", "b")]

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +137,10 @@ def test_a_class_list_gives_the_order_and_leaves_the_others_out(tmp_path: Path) 
     file = write(tmp_path / "classes.txt", b"c\na\nnone of it\n")
     images = open_images("imagefolder", str(tmp_path / "set"), None, str(file))
     assert images.classes == ("c", "a", "none of it") and images.labels.tolist() == [1, 0]
-    assert images.left_out.named == [("b/2.jpg", "its class 'b' is not one of the 3")]
+    assert images.left_out.named == [
+        ("class 'none of it'", "the class list has it, and no image is of it"),
+        ("b/2.jpg", "its class 'b' is not one of the 3"),
+    ]
 
 
 def test_labels_in_json_and_names_in_cls(tmp_path: Path) -> None:
@@ -212,6 +217,43 @@ def test_reading_a_shard_moves_no_position_that_forked_workers_share(made: dict[
     assert images.read(5) != first == images.read(0)
     path = shards.shard_paths(str(made["webdataset"]), "train")[0]
     assert os.lseek(shards._opened(path).handle, 0, os.SEEK_CUR) == 0
+
+
+def test_threads_read_the_image_they_asked_for_however_many_shards_are_open(tmp_path: Path, monkeypatch) -> None:
+    """A descriptor that one thread closed was another file's a moment later: the bytes of another image, in silence."""
+    monkeypatch.setattr(shards, "_opened", lru_cache(maxsize=2)(shards._Descriptor))
+    for k in range(12):
+        write_tar(tmp_path / f"train-{k:04d}.tar", {"0.jpg": bytes([k]) * 5000, "0.cls": b"0"})
+    source = shards.list_shards(str(tmp_path), "train", None, None, None)
+    asked = np.random.default_rng(0).integers(0, 12, 20_000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(source.read, asked))
+        names = list(pool.map(source.name, asked[:2000]))
+    assert all(data == bytes([k]) * 5000 for k, data in zip(asked, found, strict=True))
+    assert names == [f"train-{k:04d}.tar/0.jpg" for k in asked[:2000]]
+
+
+def test_shards_of_both_parts_are_not_taken_together(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_tar(tmp_path / f"{part}-000000.tar", {"0.jpg": b"x", "0.cls": b"0"})
+    with pytest.raises(ValueError, match=r"holds shards of test and train; write data\.split=train\."):
+        shards.shard_paths(str(tmp_path), None)
+    assert len(shards.shard_paths(str(tmp_path), "test")) == len(shards.shard_paths(str(tmp_path / "*"), None)) / 2 == 1
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        shards.shard_paths(str(tmp_path / "nowhere"), "train")
+
+
+def test_a_name_of_the_class_list_without_images_is_said_where_others_are_left_over(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    """One of the two is misspelt; a list that is only longer than the folder is none of our business."""
+    said = ("class 'klass001'", "the class list has it, and no image is of it")
+    for name, names in (("misspelt", ["class000", "klass001", "class002"]), ("longer", [*map(class_name, range(9))])):
+        path = write(tmp_path / name, "\n".join(names).encode())
+        source = open_images("imagefolder", str(made["imagefolder"]), "train", str(path))
+        assert [row for row in source.left_out.named if "class list" in row[1]] == (
+            [said] if name == "misspelt" else []
+        )
 
 
 def test_a_pattern_names_shards(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def check_override(text: str, groups: Mapping[str, Sequence[str]], schema: type)
         read = parsed.value()
     except (HydraException, ValueError, RecursionError):
         raise ConfigError(
-            f"{text[:80]!a} cannot be read; write {key}=VALUE, a list as {key}=[A,B], and quotes around commas and brackets."
+            f"{text[:80]!a} cannot be read; write {key}=VALUE, a list as {key}=[A,B], and anything but plain letters, "
+            f"digits and ._-/ in quotes of its own, as \"{key}='VALUE'\"."
         ) from None
     if _RESOLVER.search(value) and not key.startswith(_MAY_DIFFER):
         raise ConfigError(f"{text} depends on the machine it is read on; write the value.")

@@ -16,6 +16,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 import tarfile
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sovit.data.folders import ENDINGS
-from sovit.data.sources import Images, LeftOut, fingerprint, labels_of
+from sovit.data.sources import SPLITS, Images, LeftOut, fingerprint, labels_of
 
 LABEL_KEY = "cls"
 _VERSION = 1  # of the index files
@@ -64,7 +65,8 @@ class ShardImages(Images):
 
     def read(self, index: int) -> bytes:
         path, size = self._paths[self._shard_of[index]], int(self._sizes[index])
-        data = os.pread(_opened(path).handle, size, int(self._offsets[index]))
+        file = _opened(path)  # held: another thread may make the cache forget it
+        data = os.pread(file.handle, size, int(self._offsets[index]))
         if len(data) < size:
             raise OSError(f"the shard ends {size - len(data)} bytes before the image does")
         return data
@@ -72,7 +74,8 @@ class ShardImages(Images):
     def name(self, index: int) -> str:
         """SHARD.tar/KEY.ENDING; the name is read from the shard."""
         path = self._paths[self._shard_of[index]]
-        header = os.pread(_opened(path).handle, _BLOCK, int(self._offsets[index]) - _BLOCK)
+        file = _opened(path)
+        header = os.pread(file.handle, _BLOCK, int(self._offsets[index]) - _BLOCK)
         return f"{os.path.basename(path)}/{tarfile.TarInfo.frombuf(header, 'utf-8', 'surrogateescape').name}"
 
 
@@ -115,7 +118,12 @@ def shard_paths(root: str, split: str | None) -> list[str]:
         if not paths:
             of_split = f" whose names begin with {split}, nor a folder of that name" if split else ""
             raise ValueError(f"{root} holds no .tar files{of_split}; give data.root as it is on disk.")
+        parts = sorted({name for name in (re.split("[-_.]", file)[0] for file in found) if name in SPLITS})
+        if not split and len(parts) > 1 and "train" in parts:
+            raise ValueError(f"{root} holds shards of {' and '.join(parts)}; write data.split=train.")
         return paths
+    if split and not set(root) & set("*{"):
+        raise ValueError(f"{root} is no folder; give data.root the folder of the shards.")
     if split:
         raise ValueError(f"data.split={split} goes with a folder; {root} is a pattern, so write data.split=null.")
     try:

@@ -314,6 +314,11 @@ def _run(command: list[str], environments: list[dict[str, str]], received: list[
         first = _wait(processes, received)
         codes = [process.returncode for process in processes]
         code = _verdict(first, codes, received)
+        if first is not None and first[1] < 0 and not received:
+            why = " (out of memory?)" if first[1] == -signal.SIGKILL else ""
+            name = signal.Signals(-first[1]).name
+            rank = environments[first[0]]["RANK"]
+            print(f"Process {rank} was killed by {name}{why}; the same command goes on.", file=sys.stderr, flush=True)
         said = first is not None and first[1] == codes[0] and code in (2, 3, OUT_OF_MEMORY)  # by the first process
         if first is not None and first[0] > 0 and code != STOPPED and not said:
             _quote(environments[first[0]]["RANK"], errors[first[0] - 1])

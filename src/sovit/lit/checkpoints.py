@@ -9,6 +9,7 @@ run goes on from the one before.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -120,7 +121,7 @@ def _checked(path: Path, config_hash: str) -> dict[str, Any]:
 
 
 def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU. Raises Unusable if it is missing or damaged.
+    """A checkpoint's content, on the CPU. Raises Unusable if it is missing or damaged, ConfigError if a later version's.
 
     torch does not look at the checksums in the archive: a flipped bit would be a weight like any other. Of a folder the
     content is what is no tensor of the model; `whole` adds the tensors.
@@ -141,6 +142,8 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         raise Unusable("it is missing") from None
     except (Unusable, PermissionError, MemoryError):
         raise
+    except pickle.UnpicklingError:
+        raise Unusable(f"it {sharded.NOT_PLAIN}") from None
     except Exception as error:  # a damaged archive raises whatever the first wrong byte leads to
         said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise Unusable(f"it is damaged ({type(error).__name__}: {said})") from None

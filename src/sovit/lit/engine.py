@@ -62,6 +62,10 @@ def run(cfg: RunConfig, arguments: Sequence[str] = ()) -> int:
     ``arguments`` are those of sovit.train that describe it: what its processes are started with, if it has several.
     Raises ConfigError if another cell's records are in its place, or its record cannot be read.
     """
+    if cfg.trainer.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ConfigError(
+            "trainer.accelerator=gpu, but no GPU is visible here; write trainer=cpu, or start it where one is."
+        )
     devices = processes.wanted(cfg)
     if devices:
         return processes.start(arguments, devices=devices)
@@ -253,6 +257,11 @@ def _found(cfg: RunConfig, directory: Path) -> dict[str, Any]:
         found = records.read_run(directory) or {}
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if type(found.get("schema")) is int and found["schema"] > records.SCHEMA:
+        raise ConfigError(
+            f"{directory / records.RUN} has schema {found['schema']}, and this version writes schema {records.SCHEMA}; "
+            "use the version that wrote it, or choose another name or tag."
+        )
     ours = records.config_hash(cfg)
     if found and found.get("config_hash") != ours:
         raise ConfigError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sovit import records
+from sovit.config import ConfigError
 from sovit.lit.ranks import Ranks
 
 INDEX, REST = "index.json", "rest.pt"
 SCHEMA = 1
+NOT_PLAIN = "holds Python objects beside plain values, which may run anything as they are read; it is not loaded"
 MODEL, OPTIMIZER, AVERAGE = "model.", "optimizer.", "average."  # what a tensor's name begins with
 
 
@@ -195,7 +198,9 @@ def _remove(directory: Path) -> None:
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """The index of a resume point, once every file in it is known to be whole. Raises Damaged."""
+    """The index of a resume point, once every file in it is known to be whole. Raises Damaged, and ConfigError if a later
+    version wrote it, which can go on from it.
+    """
     try:
         index = json.loads((directory / INDEX).read_text())
         schema, files = index["schema"], index["files"]
@@ -203,8 +208,13 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise Damaged(f"it has no {INDEX}") from None
     except (ValueError, KeyError, TypeError):
         raise Damaged(f"its {INDEX} cannot be read") from None
+    if type(schema) is int and schema > SCHEMA:
+        raise ConfigError(
+            f"{directory} has schema {schema}, and this version reads schema {SCHEMA}; use the version that wrote it, or "
+            "delete it."
+        )
     if schema != SCHEMA:
-        raise Damaged(f"it has schema {schema}, and this version reads schema {SCHEMA}; use the version that wrote it")
+        raise Damaged(f"its schema {schema!a} is none")
     for name, entry in files.items():
         path = directory / name
         if Path(name).name != name or not path.is_file():
@@ -220,6 +230,8 @@ def read_rest(directory: Path) -> dict[str, Any]:
         rest = torch.load(directory / REST, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):
         raise
+    except pickle.UnpicklingError:
+        raise Damaged(f"{REST} {NOT_PLAIN}") from None
     except Exception as error:  # whatever the first wrong byte leads to
         said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise Damaged(f"{REST} cannot be read ({type(error).__name__}: {said})") from None
