@@ -301,3 +301,10 @@ def test_the_reason_of_a_death_is_named(tmp_path: Path, exitcode: int, word: str
     state = CellState(plan(tmp_path, {"a": "done"}).cells[0])
     verdict, reason = judge(state, exitcode, stopping=False)
     assert verdict == "died" and word in reason
+
+
+def test_what_a_refused_cell_said_is_the_reason_and_it_is_not_tried_again(tmp_path: Path) -> None:
+    state = CellState(plan(tmp_path, {"a": "done"}).cells[0])
+    state.cell.run_dir.mkdir(parents=True)
+    (state.cell.run_dir / records.LOG).write_text("sovit.train: it needs 3.3 GiB on each device.\n")
+    assert judge(state, 2, stopping=False) == ("failed", "sovit.train: it needs 3.3 GiB on each device.")

@@ -148,6 +148,8 @@ def test_resume_points_of_a_sharded_run_hold_shards(cells: Cells, alone: Path) -
     point = directory / checkpoints.resume_points(directory)[-1].name
     sizes = [(point / f"rank{rank:05d}.safetensors").stat().st_size for rank in range(2)]
     assert min(sizes) > 0.4 * sum(sizes)
+    modes = {path.stat().st_mode & 0o777 for path in point.iterdir()}
+    assert modes == {(point / sharded.INDEX).stat().st_mode & 0o777}, "who may read one of its files may read them all"
 
 
 LEGS = {  # where a run begins, and where it goes on

@@ -22,8 +22,8 @@ from sovit.launch.state import (
     state_on_disk,
 )
 
-# Exit codes of a cell; anything else, signals included, is no verdict.
-VERDICTS = {0: DONE, 1: FAILED, 3: DIVERGED, 75: STOPPED, 76: BUSY}
+# Exit codes of a cell; anything else, signals included, is no verdict. 2: it was refused, and would be again.
+VERDICTS = {0: DONE, 1: FAILED, 2: FAILED, 3: DIVERGED, 75: STOPPED, 76: BUSY}
 
 
 def judge(state: CellState, exitcode: int, stopping: bool) -> tuple[str, str]:
