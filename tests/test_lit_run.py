@@ -181,7 +181,7 @@ REFUSED = {
     "no room": (["text.length=1"], "text.length=1 leaves no token"),
     "another size": (["model.image_size=32"], "model.image_size=16, this run 32; write model.image_size=16"),
     "a vocabulary that is not there": (["text.vocabulary=nowhere.json"], "nowhere.json cannot be read"),
-    "a tower that is not there": (["text.tower=nowhere", "text.vocabulary=null"], "nowhere"),
+    "a tower that is not there": (["text.tower=nowhere", "optim.lr_rule=constant"], "nowhere"),
 }
 
 

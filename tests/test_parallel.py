@@ -38,6 +38,11 @@ class Cells:
         assert codes == [0] * world, self.log(name)
         return self.directory(name)
 
+    def copied(self, name: str, of: str) -> Path:
+        """The directory of a cell that stands where another one stands."""
+        shutil.copytree(self.home / of, self.home / name)
+        return self.directory(name)
+
     def directory(self, name: str) -> Path:
         [path] = (self.home / name / "t").glob("t-*")
         return path
@@ -118,7 +123,7 @@ FULL = pytest.mark.full
     [
         pytest.param(1, [], id="alone", marks=FULL),
         pytest.param(2, DDP, id="ddp", marks=FULL),
-        pytest.param(2, FSDP, id="fsdp"),
+        pytest.param(2, FSDP, id="fsdp", marks=FULL),
         pytest.param(2, [*FSDP, "parallel.checkpointing=full"], id="fsdp, blocks computed again", marks=FULL),
     ],
 )
@@ -233,6 +238,13 @@ def test_one_image_that_does_not_fit_is_a_failure_with_a_way_out(cells: Cells) -
     assert "one image at a time" in record["reason"] and "parallel=fsdp" in record["reason"]
 
 
+@pytest.fixture(scope="module")
+def stopped(cells: Cells) -> str:
+    """The name of a sharded cell that was stopped amid a segment, with an older resume point."""
+    assert cells.run("stopped", *FSDP, world=2, stop_after=4) == [75, 75]
+    return "stopped"
+
+
 DAMAGE = {
     "a flipped bit": lambda point: _flip(point / "rank00001.safetensors"),
     "a missing shard": lambda point: (point / "rank00001.safetensors").unlink(),
@@ -264,11 +276,10 @@ def _edit(point: Path, change: Any) -> None:
 
 @pytest.mark.parametrize("label", DAMAGE)
 def test_a_damaged_folder_is_named_and_the_run_goes_back_to_the_one_before(
-    label: str, cells: Cells, alone: Path
+    label: str, cells: Cells, stopped: str, alone: Path
 ) -> None:
     name = label.replace(" ", "-")
-    assert cells.run(name, *FSDP, world=2, stop_after=4) == [75, 75]
-    directory = cells.directory(name)
+    directory = cells.copied(name, stopped)
     older, newest = checkpoints.resume_points(directory)
     DAMAGE[label](directory / newest.name)
     (directory / f".{newest.name}.tmp").mkdir()  # of a process killed while it wrote
@@ -277,9 +288,8 @@ def test_a_damaged_folder_is_named_and_the_run_goes_back_to_the_one_before(
     assert not list(directory.glob(".*.tmp"))
 
 
-def test_a_resume_point_of_a_later_version_is_refused_and_nothing_is_removed(cells: Cells) -> None:
-    assert cells.run("later", *FSDP, world=2, stop_after=4) == [75, 75]
-    directory = cells.directory("later")
+def test_a_resume_point_of_a_later_version_is_refused_and_nothing_is_removed(cells: Cells, stopped: str) -> None:
+    directory = cells.copied("later", stopped)
     for point in checkpoints.resume_points(directory):
         _edit(directory / point.name, lambda index: index.update(schema=99))
     before = {path: path.read_bytes() for path in directory.rglob("[!.]*") if path.is_file()}
@@ -288,14 +298,13 @@ def test_a_resume_point_of_a_later_version_is_refused_and_nothing_is_removed(cel
     assert before.items() <= {path: path.read_bytes() for path in directory.rglob("[!.]*") if path.is_file()}.items()
 
 
-def test_a_pickle_in_a_folder_is_not_run(cells: Cells, tmp_path: Path) -> None:
+def test_a_pickle_in_a_folder_is_not_run(cells: Cells, stopped: str, tmp_path: Path) -> None:
     """A resume point from a stranger: its rest.pt may hold plain values only."""
     import os
     import pickle
     import zipfile
 
-    assert cells.run("pickle", *FSDP, world=2, stop_after=4) == [75, 75]
-    directory = cells.directory("pickle")
+    directory = cells.copied("pickle", stopped)
     newest = directory / checkpoints.resume_points(directory)[-1].name
 
     class Bomb:
