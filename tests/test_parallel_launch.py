@@ -9,7 +9,6 @@ import pytest
 
 from rank_cells import run_ranks
 from sovit import records
-from sovit.launch import processes
 from test_parallel import CELL, DURATIONS
 
 
@@ -66,15 +65,6 @@ def test_what_cannot_be_spread_is_one_sentence(
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and "Traceback" not in said
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_process_that_was_killed_is_named(number: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """Else a cell that the kernel kills for its memory ends without a word."""
-    dies = f"import os, time; os.kill(os.getpid(), 9) if os.environ['RANK'] == '{number}' else time.sleep(100)"
-    assert processes.start([], devices=2, target=["-c", dies]) == 128 + 9
-    said = f"Process {number} was killed by SIGKILL (out of memory?); the same command goes on."
-    assert capfd.readouterr().err.splitlines() == [said]
 
 
 def test_float16_of_shards_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
