@@ -344,7 +344,7 @@ def test_what_does_not_go_together_is_refused(made: Path, tmp_path: Path) -> Non
         ("shards", images, {}, "'shards' is no kind of images with captions; choose pairs or coco"),
         ("pairs", images, {}, "holds no .tar files"),
         ("pairs", str(made / "pairs"), {"text_key": "json"}, "write the ending of the text files"),
-        ("pairs", str(made / "pairs"), {"text_key": "cls"}, "holds no images with captions in .cls"),
+        ("pairs", str(made / "pairs"), {"text_key": "cls", "split": "train"}, "holds no images with captions in .cls"),
     ):
         with pytest.raises(ValueError, match=says):
             open_pairs(kind, root, **options, size=8)

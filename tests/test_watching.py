@@ -246,7 +246,7 @@ def test_a_terminal_has_a_bar_with_rate_utilisation_and_time_left() -> None:
         "9,298 images/s",
         "15% of the measured peak",
         "43 s left",
-        "4% waiting",
+        "4% data wait",
     ):
         assert text in said
     tell(NOTE | {"step": 2345})
