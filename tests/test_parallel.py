@@ -114,17 +114,17 @@ def test_loss_gradient_norm_update_and_weights_are_those_of_one_process(label: s
 
 
 COMPILED = ["parallel.compile=true", "trainer.precision=32-true"]  # torch cannot compile attention in float64 on a CPU
-FULL = pytest.mark.full
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
     ("world", "more"),
     [
-        pytest.param(1, [], id="alone", marks=FULL),
-        pytest.param(2, DDP, id="ddp", marks=FULL),
-        pytest.param(2, FSDP, id="fsdp", marks=FULL),
-        pytest.param(2, [*FSDP, "parallel.checkpointing=full"], id="fsdp, blocks computed again", marks=FULL),
+        pytest.param(1, [], id="alone"),
+        pytest.param(2, DDP, id="ddp"),
+        pytest.param(2, FSDP, id="fsdp"),
+        pytest.param(2, [*FSDP, "parallel.checkpointing=full"], id="fsdp, blocks computed again"),
     ],
 )
 def test_a_compiled_run_is_the_run_that_is_not(world: int, more: list[str], cells: Cells, request) -> None:

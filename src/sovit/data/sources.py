@@ -180,7 +180,8 @@ def labels_of(
     labels = np.array([index.get(str(name), -1) for name in found], np.int32)[inverse.ravel()]
     keep = labels >= 0
     if class_list is not None and not numbered and not all(name in index for name in found if name):
-        for name in index.keys() - set(found.tolist()):  # there are names left over, so one of the list may be misspelt
+        there = set(found.tolist())  # with names that are not on the list, so one of the list may be misspelt
+        for name in (name for name in classes if name not in there):  # in an order that is the same in every process
             left_out.add(f"class {name!r}", "the class list has it, and no image is of it")
     for k in np.flatnonzero(~keep):
         reason = f"its class {str(values[k])!r} is not one of the {len(classes)}" if values[k] else "it has no label"

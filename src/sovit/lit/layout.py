@@ -50,9 +50,7 @@ def choose(cfg: RunConfig, directory: Path, ranks: Ranks) -> Layout:
         )
     shape, most = shape_of(cfg), _noted(directory, ranks.world)
     compiled = on_gpu(cfg) if parallel.compile is None else parallel.compile
-    if (
-        compiled and cfg.trainer.precision == "64-true" and not on_gpu(cfg)
-    ):  # torch 2.12: its logsumexp would be float32
+    if compiled and cfg.trainer.precision == "64-true" and not on_gpu(cfg):  # torch 2.12 expects Double, finds Float
         raise ConfigError(
             "parallel.compile=true with trainer.precision=64-true fails in torch's compiled attention on a CPU; "
             "write parallel.compile=false."

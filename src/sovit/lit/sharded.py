@@ -171,9 +171,8 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(
             int(code[1]) if code else 5, os.strerror(int(code[1])) if code else str(error), str(path)
         ) from None
-    path.chmod(
-        path.parent.stat().st_mode & 0o666
-    )  # as the other files of the run; safetensors makes it its writer's alone
+    mode = path.parent.stat().st_mode & 0o666  # as the other files of the run; safetensors makes it its writer's alone
+    path.chmod(mode)
 
 
 def _sum(path: Path) -> dict[str, int]:
